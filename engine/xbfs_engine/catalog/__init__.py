@@ -1,0 +1,1 @@
+"""Restore points and their block maps."""

@@ -1,0 +1,1 @@
+"""From a source's extents to a committed restore point."""

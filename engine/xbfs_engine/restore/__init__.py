@@ -1,0 +1,1 @@
+"""From a restore point to plain images."""

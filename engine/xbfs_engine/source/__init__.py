@@ -1,0 +1,1 @@
+"""Where disks are read from: local images, CBT bitmaps."""

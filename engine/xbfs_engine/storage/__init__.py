@@ -1,0 +1,1 @@
+"""Named write-once blobs: the Storage protocol and its backends."""

@@ -1,0 +1,1 @@
+"""The repository: packs, index, verified reads of chunks."""

@@ -1,0 +1,1 @@
+"""How restore points look as a tree: names, inodes, handles, read-ahead."""

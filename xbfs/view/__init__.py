@@ -1,0 +1,1 @@
+"""Random-access images of restore points: synthetic raw and VHD."""

@@ -1,0 +1,44 @@
+"""What a view reads from, and what it is: blocking, thread-safe random access.
+
+``read_cached`` never waits, so an event loop may call it; ``read_at`` may wait for storage and decode many chunks,
+so it is called from worker threads. This pair is the seam between the mount's control plane and any data plane.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Extent(NamedTuple):
+    """A range of an image: data that must be read, or a hole that reads as zeros."""
+
+    offset: int
+    length: int
+    is_data: bool
+
+
+class RandomAccess(Protocol):
+    """Immutable random-access bytes: a disk of a restore point, or an image file made of it."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Size in bytes; constant."""
+        ...
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """The bytes of [offset, offset+length), clipped at the end. May block.
+
+        Raises IntegrityError (never wrong bytes) or StorageError.
+        """
+        ...
+
+    def read_cached(self, offset: int, length: int) -> bytes | memoryview | None:
+        """The same bytes if no storage access and no decoding is needed, else None. Never blocks, never raises."""
+        ...
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """Alternating data and hole extents that cover [offset, offset+length), clipped at the end. May block."""
+        ...
