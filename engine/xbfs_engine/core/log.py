@@ -51,8 +51,10 @@ def configure(level: str, *, json: bool = False) -> None:
     """Send events of ``level`` and above to standard error, one line each, as key=value or JSON."""
     import structlog
 
-    render = structlog.processors.JSONRenderer() if json else structlog.processors.KeyValueRenderer(
-        key_order=["timestamp", "level", "event"]
+    render = (
+        structlog.processors.JSONRenderer()
+        if json
+        else structlog.processors.KeyValueRenderer(key_order=["timestamp", "level", "event"])
     )
     structlog.configure(
         processors=[
