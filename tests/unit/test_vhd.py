@@ -105,6 +105,18 @@ def test_blocks_lie_one_pitch_apart_with_aligned_data() -> None:
     assert layout.size_bytes == (places[-1] + 4097 + 1) * 512
 
 
+def test_the_bat_reads_the_same_from_any_byte() -> None:
+    layout = dynamic(700 * MIB, [0, 1, 4, 9, 300, 349])
+
+    def literals(offset: int, length: int) -> bytes:
+        return b"".join(part.data for part in layout.segments(offset, length) if isinstance(part, Literal))
+
+    whole = literals(1536, 1536)
+    assert whole.count(b"\xff\xff\xff\xff") == 350 - 6
+    for start in range(1536):
+        assert literals(1536 + start, 7) == (whole + literals(3072, 7))[start : start + 7]
+
+
 def test_the_size_is_known_from_the_number_of_blocks_alone() -> None:
     for disk_size, present in ((0, []), (1, [0]), (20 * MIB - 1, [3, 9]), (9000 * MIB, [0, 4096, 4499])):
         assert vhd_dynamic_size(disk_size, len(present)) == dynamic(disk_size, present).size_bytes
