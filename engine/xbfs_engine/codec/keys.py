@@ -19,6 +19,8 @@ from xbfs_engine.core.errors import FormatTooNew, KeyNotHeld
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from xbfs_engine.codec.compress import Buffer
+
 REPOSITORY_ID_SIZE = 16
 
 
@@ -80,21 +82,21 @@ class KeySet:
         return key
 
     @cached_property
-    def chunk_id(self) -> Callable[[bytes | memoryview], bytes]:
+    def chunk_id(self) -> Callable[[Buffer], bytes]:
         """The function from a chunk's plaintext to its 32-byte id: BLAKE3 keyed with the chunk-id key."""
         key = self.chunk_id_key
 
-        def compute(plaintext: bytes | memoryview) -> bytes:
+        def compute(plaintext: Buffer) -> bytes:
             return blake3(plaintext, key=key).digest()
 
         return compute
 
     @cached_property
-    def node_id(self) -> Callable[[bytes | memoryview], bytes]:
+    def node_id(self) -> Callable[[Buffer], bytes]:
         """The same for block map nodes, under a key derived for them: a guest can not forge a node by its chunks."""
         key = blake3(self.chunk_id_key, derive_key_context="xbfs 2026-11 metadata id key").digest()
 
-        def compute(plaintext: bytes | memoryview) -> bytes:
+        def compute(plaintext: Buffer) -> bytes:
             return blake3(plaintext, key=key).digest()
 
         return compute

@@ -1,0 +1,145 @@
+"""The chunk index: a local, rebuildable cache over the repository's index blobs.
+
+Look-ups come in batches from many threads; ``refresh`` and ``add`` are serialised by a lock and swap an immutable tuple
+of runs, so a look-up never waits. Several processes may share the cache directory: files are immutable, named by what
+they stand for and put in place atomically.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from xbfs_engine.core.errors import BlobNotFound, IndexCorrupt, XbfsError
+from xbfs_engine.core.ids import ID_SIZE, BlobHash, Placement
+from xbfs_engine.core.log import Logger
+from xbfs_engine.storage.files import write_replace
+from xbfs_engine.store.index_blob import PREFIX, get_index
+from xbfs_engine.store.index_run import Run, encode_run, merged, run_file_name, run_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from xbfs_engine.codec.keys import KeySet
+    from xbfs_engine.storage.base import Storage
+    from xbfs_engine.store.packer import SealedPack
+
+MERGE_WIDTH = 4
+"""Runs of one size class before they are merged; also about how many runs a look-up sees per class."""
+BUILD_ENTRIES = 2 * 1024 * 1024
+"""Entries gathered in memory before a run is written while catching up: 64 MiB of ids."""
+
+_log = Logger("xbfs.index")
+
+
+class ChunkIndex:
+    """Answers where chunks are. ``directory`` is this repository's folder in the local cache."""
+
+    def __init__(self, storage: Storage, keys: KeySet, directory: Path) -> None:
+        self._storage = storage
+        self._keys = keys
+        self._directory = directory
+        self._runs: tuple[Run, ...] = ()
+        self._lock = threading.Lock()
+        self._skipped: set[BlobHash] = set()
+
+    def refresh(self) -> None:
+        """Take in index blobs written since, by anybody; drop what stands for blobs that are gone.
+
+        A damaged index blob is left out with a warning: it costs deduplication, never data. Raises StorageError.
+        """
+        with self._lock:
+            listed = {BlobHash(bytes.fromhex(blob.name[len(PREFIX) :])) for blob in self._storage.list_blobs(PREFIX)}
+            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._runs = self._cached_runs(listed)
+            missing = listed - {source for run in self._runs for source in run.sources} - self._skipped
+            self._catch_up(sorted(missing))
+
+    def add(self, source: BlobHash, packs: Sequence[SealedPack]) -> None:
+        """Make the packs of an index blob that was just put findable."""
+        with self._lock:
+            self._append([source], packs)
+
+    def lookup(self, ids: Sequence[bytes]) -> list[Placement | None]:
+        """The places of chunks or nodes, in one batch. Never raises for a missing cache."""
+        found: list[Placement | None] = [None] * len(ids)
+        runs = self._runs
+        if runs and ids:
+            words = np.frombuffer(b"".join(ids), dtype="<u8").reshape(-1, ID_SIZE // 8)
+            high, low = words[:, 0], words[:, 1]
+            for run in runs:
+                run.lookup(high, low, found)
+        return found
+
+    def locate(self, chunk_id: bytes) -> Placement | None:
+        """One place, refreshing once if it is unknown: for readers whose hint is stale."""
+        place = self.lookup([chunk_id])[0]
+        if place is None:
+            self.refresh()
+            place = self.lookup([chunk_id])[0]
+        return place
+
+    def entries(self) -> int:
+        """Places known."""
+        return sum(len(run) for run in self._runs)
+
+    def _cached_runs(self, listed: set[BlobHash]) -> tuple[Run, ...]:
+        runs: list[Run] = []
+        known: set[BlobHash] = set()
+        candidates = []
+        for path in self._directory.glob("*.run"):
+            try:
+                candidates.append(Run(path))
+            except XbfsError:
+                path.unlink(missing_ok=True)
+        for run in sorted(candidates, key=lambda run: -len(run.sources)):
+            if not listed.issuperset(run.sources):
+                run.path.unlink(missing_ok=True)
+            elif known.isdisjoint(run.sources):
+                runs.append(run)
+                known.update(run.sources)
+        return tuple(runs)
+
+    def _catch_up(self, missing: list[BlobHash]) -> None:
+        sources: list[BlobHash] = []
+        packs: list[SealedPack] = []
+        for source in missing:
+            try:
+                packs.extend(get_index(self._storage, self._keys, source))
+            except BlobNotFound:
+                continue
+            except IndexCorrupt as exc:
+                self._skipped.add(source)
+                _log.warning("index blob is damaged and left out", blob=source.hex(), problem=exc.message)
+                continue
+            sources.append(source)
+            if sum(len(pack) for pack in packs) >= BUILD_ENTRIES:
+                self._append(sources, packs)
+                sources, packs = [], []
+        if sources:
+            self._append(sources, packs)
+
+    def _append(self, sources: Sequence[BlobHash], packs: Sequence[SealedPack]) -> None:
+        path = self._directory / run_file_name(sources)
+        write_replace(path, encode_run(run_of(sources, packs)))
+        self._runs = (*self._runs, Run(path))
+        self._merge()
+
+    def _merge(self) -> None:
+        """Merge the runs of a size class once there are MERGE_WIDTH of them: a look-up sees few runs."""
+        while True:
+            classes: dict[int, list[Run]] = {}
+            for run in self._runs:
+                classes.setdefault((len(run).bit_length() + 1) // 2, []).append(run)
+            crowded = next((group for group in classes.values() if len(group) >= MERGE_WIDTH), None)
+            if crowded is None:
+                return
+            data = merged([run.data() for run in crowded])
+            path = self._directory / run_file_name(data.sources)
+            write_replace(path, encode_run(data))
+            self._runs = (*(run for run in self._runs if run not in crowded), Run(path))
+            for run in crowded:
+                run.path.unlink(missing_ok=True)
