@@ -59,6 +59,8 @@ def _sorted(value: Value, depth: int) -> Value:
     if depth > DEPTH_MAX:
         raise ValueError("nested too deeply")
     if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError("the keys of a record are text")
         return {key: _sorted(value[key], depth + 1) for key in sorted(value)}
     if isinstance(value, list):
         return [_sorted(item, depth + 1) for item in value]
@@ -149,7 +151,8 @@ class Record:
     def done(self) -> None:
         """Raise WireError if a field is left that nobody took."""
         if self._fields:
-            raise WireError(f"{self._what} has unknown fields: {', '.join(sorted(self._fields))}")
+            names = ", ".join(repr(key[:32]) for key in sorted(self._fields)[:8])
+            raise WireError(f"{self._what} has unknown fields: {names}")
 
     def _take(self, key: str) -> Value:
         try:
