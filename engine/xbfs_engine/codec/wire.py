@@ -18,6 +18,12 @@ Value: TypeAlias = "bool | int | bytes | str | list[Value] | dict[str, Value] | 
 
 RECORD_SIZE_MAX = 64 * MIB
 DEPTH_MAX = 16
+VALUES_MAX = 200_000
+"""Values in one record. An empty map is one byte stored and some 150 in memory: size alone bounds too little."""
+
+_MAPS = frozenset({*range(0x80, 0x90), 0xDE, 0xDF})
+_LISTS = frozenset({*range(0x90, 0xA0), 0xDC, 0xDD})
+"""First bytes of maps and lists (MessagePack specification, "Overview")."""
 
 
 def encode(record: dict[str, Value]) -> bytes:
@@ -32,6 +38,7 @@ def decode(data: bytes, what: str, *, size_max: int = RECORD_SIZE_MAX) -> Record
     if len(data) > size_max:
         raise WireError(f"{what} has {len(data)} bytes, more than the {size_max} allowed")
     try:
+        _check_count(data)
         value = msgpack.unpackb(
             data,
             raw=False,
@@ -42,7 +49,7 @@ def decode(data: bytes, what: str, *, size_max: int = RECORD_SIZE_MAX) -> Record
             max_map_len=len(data),
             max_ext_len=0,
         )
-    except (ValueError, msgpack.UnpackException, RecursionError) as exc:
+    except (ValueError, IndexError, msgpack.UnpackException, RecursionError) as exc:
         raise WireError(f"{what} is not a valid record: {type(exc).__name__}") from exc
     if not isinstance(value, dict):
         raise WireError(f"{what} is not a map")
@@ -53,6 +60,25 @@ def decode(data: bytes, what: str, *, size_max: int = RECORD_SIZE_MAX) -> Record
     if not canonical:
         raise WireError(f"{what} is not in canonical form")
     return Record(value, what)
+
+
+def _check_count(data: bytes) -> None:
+    """Raise ValueError if there are more than VALUES_MAX values, without building any."""
+    scan = msgpack.Unpacker(max_buffer_size=max(1, len(data)), max_ext_len=0)
+    scan.feed(data)
+    seen, left = 0, 1
+    while left:
+        first = data[scan.tell()]
+        if first in _MAPS:
+            left += 2 * scan.read_map_header()
+        elif first in _LISTS:
+            left += scan.read_array_header()
+        else:
+            scan.skip()
+        left -= 1
+        seen += 1
+        if seen + left > VALUES_MAX:
+            raise ValueError("too many values")
 
 
 def _sorted(value: Value, depth: int) -> Value:

@@ -1,0 +1,37 @@
+"""Repositories for tests, made with the cheapest key derivation there is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tests.support.runtime import test_runtime
+from xbfs_engine.codec.slots import KdfParameters, SlotKind
+from xbfs_engine.store.repository import CreatedRepository, Repository, create_repository, open_repository
+
+if TYPE_CHECKING:
+    from xbfs_engine.storage.memory import MemoryStorage
+
+TINY = KdfParameters(iterations=1, lanes=1, memory_kib=8)
+PASSPHRASE = "correct horse battery"
+CONFIG = "config/00000001"
+
+
+def create(storage: MemoryStorage, seed: int = 1, passphrase: str = PASSPHRASE) -> CreatedRepository:
+    return create_repository(storage, test_runtime(seed), passphrase=passphrase, label="office", kdf=TINY)
+
+
+def reopen(storage: MemoryStorage, secret: str = PASSPHRASE) -> Repository:
+    return open_repository(storage, test_runtime(99), secret)
+
+
+def overwrite(storage: MemoryStorage, name: str, blob: bytes) -> None:
+    storage.delete(name)
+    storage.put(name, [blob])
+
+
+def blobs(storage: MemoryStorage) -> dict[str, bytes]:
+    return {info.name: storage.get(info.name) for info in storage.list_blobs("")}
+
+
+def slot_of(repository: Repository, kind: SlotKind) -> str:
+    return next(item.slot_id for item in repository.list_slots() if item.slot is not None and item.slot.kind is kind)
