@@ -104,7 +104,9 @@ def test_the_last_owner_slot_stays(storage, made):
         repository.remove_slot(last)
     overwrite(storage, f"keys/{node.slot_id}", b"junk")
     repository.remove_slot(node.slot_id)
+    other = repository.add_slot("node", role=Role.NODE, label="node-2", kdf=TINY)
     overwrite(storage, f"keys/{last}", b"junk")
+    repository.remove_slot(other.slot_id)
     with pytest.raises(LastKeySlot):
         repository.remove_slot(last)
 

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
 from tests.support.runtime import START_NS, SeededRandom
-from xbfs_engine.codec import wire
+from xbfs_engine.codec import slots, wire
 from xbfs_engine.codec.keys import Role
 from xbfs_engine.codec.recovery import format_code, looks_like_code, parse_code
 from xbfs_engine.codec.slots import (
@@ -20,6 +20,7 @@ from xbfs_engine.codec.slots import (
     Slot,
     SlotContents,
     SlotKind,
+    StoredSlot,
     decode_slot,
     passphrase_secret,
     seal_slot,
@@ -103,6 +104,13 @@ def test_every_truncation_is_damage():
 def test_public_fields_are_bound_to_the_keys(change):
     with pytest.raises(KeySlotDamaged, match="does not authenticate"):
         replace(STORED, slot=replace(SLOT, **change)).open(SECRET)
+
+
+def test_a_slot_whose_keys_are_not_those_of_its_role_is_refused():
+    key, commitment = slots._derive(SLOT, SECRET)
+    sealed = AESGCM(key).encrypt(bytes(12), slots._encode_contents(NODE_CONTENTS), slots._bound(SLOT))
+    with pytest.raises(KeySlotDamaged, match="says owner but holds the keys of node"):
+        StoredSlot(SLOT, commitment + sealed).open(SECRET)
 
 
 def test_a_slot_under_another_name_is_refused():
