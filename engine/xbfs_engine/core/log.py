@@ -43,7 +43,7 @@ class Logger:
 
             if not structlog.is_configured():
                 configure("warning")
-            self._bound = structlog.get_logger(logger=self._name)
+            self._bound = structlog.get_logger(name=self._name)
         return self._bound
 
 
@@ -64,6 +64,7 @@ def configure(level: str, *, json: bool = False) -> None:
             render,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        # Not PrintLoggerFactory(sys.stderr): standard error may be another file by the time of the event.
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
         cache_logger_on_first_use=False,
     )
