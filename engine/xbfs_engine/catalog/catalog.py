@@ -82,11 +82,14 @@ class Catalog:
         return next((point for point in reversed(self.points()) if point.vm_uuid == vm_uuid), None)
 
     def commit(self, point: RestorePoint) -> RestorePoint:
-        """Put the manifest: from here on the point exists. Everything it refers to must be durable."""
+        """Put the manifest: from here on the point exists. Everything it refers to must be durable.
+
+        Raises ManifestCorrupt, before anything is put, for a point that could not be read back; StorageError.
+        """
         blob = seal_manifest(self._repository.keys, self._repository.runtime.random, point)
         point_id = PointId(blob_hash(blob).hex())
-        self._repository.storage.put(PREFIX + point_id, [blob])
         committed = open_manifest(self._repository.keys, point_id, blob)
+        self._repository.storage.put(PREFIX + point_id, [blob])
         with self._lock:
             self._points[point_id] = committed
         return committed

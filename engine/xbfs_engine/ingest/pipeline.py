@@ -37,7 +37,6 @@ class _Feed:
         self._assembler = assembler
         self._lock = threading.Lock()
         self._moved = threading.Condition()
-        self._taken = 0
         self.stopped = False
         self.ended = False
         self.failure: BaseException | None = None
@@ -47,18 +46,16 @@ class _Feed:
         with self._lock:
             if self.stopped:
                 return None
-            segment = next(self._segments, None)
-            self._taken += segment is not None
-            return segment
+            return next(self._segments, None)
 
-    def crowded(self) -> bool:
-        """Whether as many segments wait for the map as may."""
-        return self._taken - self._assembler.written >= WINDOW
+    def crowded(self, segment: Segment) -> bool:
+        """Whether ``segment`` is too far ahead of the map. The head of the line never is, so somebody always works."""
+        return segment.number - self._assembler.written >= WINDOW
 
-    def wait_for_room(self) -> None:
-        """Wait until the head of the line has moved or everything stops."""
+    def wait_for_room(self, segment: Segment) -> None:
+        """Wait until the head of the line has come near ``segment`` or everything stops."""
         with self._moved:
-            while self.crowded() and not self.stopped:
+            while self.crowded(segment) and not self.stopped:
                 self._moved.wait(_WAIT_S)
 
     def moved(self) -> None:
@@ -93,8 +90,8 @@ async def run_pipeline(
     def work(worker: Worker) -> None:
         try:
             while (segment := feed.take()) is not None:
-                if feed.crowded():
-                    _make_room(worker, assembler, feed)
+                if feed.crowded(segment):
+                    _make_room(worker, assembler, feed, segment)
                 result = worker.process(segment, source, maps, carry=carry)
                 began = time.perf_counter()
                 assembler.submit(result)
@@ -121,12 +118,12 @@ async def run_pipeline(
     assert assembler.finished()
 
 
-def _make_room(worker: Worker, assembler: MapAssembler, feed: _Feed) -> None:
+def _make_room(worker: Worker, assembler: MapAssembler, feed: _Feed, segment: Segment) -> None:
     worker.close_pack()
     assembler.drain()
     feed.moved()
     began = time.perf_counter()
-    feed.wait_for_room()
+    feed.wait_for_room(segment)
     worker.counters.seconds[Stage.WAIT] += time.perf_counter() - began
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from typing import TYPE_CHECKING
 
 from xbfs_engine.core.errors import SourceChanged, SourceUnreadable
@@ -23,7 +24,8 @@ class ImageSource:
         """Open ``path``. Raises SourceUnreadable."""
         self._path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # O_NONBLOCK: opening a FIFO must not wait for a writer; files and block devices do not care.
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as exc:
             raise SourceUnreadable(
                 f"{path} can not be opened: {exc.strerror}", hint="check the path and that you may read it"
@@ -84,10 +86,13 @@ class ImageSource:
         os.close(self._fd)
 
     def _measure(self) -> int:
+        mode = os.fstat(self._fd).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise SourceUnreadable(f"{self._path} is neither a file nor a block device")
         try:
             size = os.lseek(self._fd, 0, os.SEEK_END)
         except OSError as exc:
-            raise SourceUnreadable(f"{self._path} is neither a file nor a block device") from exc
+            raise SourceUnreadable(f"{self._path}: its size can not be found: {exc.strerror}") from exc
         if size > DISK_SIZE_MAX:
             raise SourceUnreadable(f"{self._path} has {size} bytes, more than the {DISK_SIZE_MAX} supported")
         return size

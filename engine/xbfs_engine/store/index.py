@@ -7,6 +7,7 @@ they stand for and put in place atomically.
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,8 @@ MERGE_WIDTH = 4
 BUILD_ENTRIES = 2 * 1024 * 1024
 """Entries gathered in memory before a run is written while catching up: 64 MiB of ids."""
 
+_NAME = re.compile(re.escape(PREFIX) + r"([0-9a-f]{64})")
+
 _log = Logger("xbfs.index")
 
 
@@ -52,7 +55,8 @@ class ChunkIndex:
         A damaged index blob is left out with a warning: it costs deduplication, never data. Raises StorageError.
         """
         with self._lock:
-            listed = {BlobHash(bytes.fromhex(blob.name[len(PREFIX) :])) for blob in self._storage.list_blobs(PREFIX)}
+            named = (_NAME.fullmatch(blob.name) for blob in self._storage.list_blobs(PREFIX))
+            listed = {BlobHash(bytes.fromhex(match[1])) for match in named if match}
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._runs = self._cached_runs(listed)
             missing = listed - {source for run in self._runs for source in run.sources} - self._skipped
