@@ -1,0 +1,23 @@
+"""The one table from our errors to errno. Whatever it does not name is an input/output error."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Final
+
+from xbfs_engine.core.errors import ImageUnsupported, KeyNotHeld, PointNotFound, UsageError
+
+if TYPE_CHECKING:
+    from xbfs_engine.core.errors import XbfsError
+
+_ERRNOS: Final[dict[type[XbfsError], int]] = {
+    ImageUnsupported: errno.EOPNOTSUPP,
+    KeyNotHeld: errno.EACCES,
+    PointNotFound: errno.ENOENT,
+    UsageError: errno.EINVAL,
+}
+
+
+def errno_of(problem: XbfsError) -> int:
+    """The errno a reader gets. Damage, lost blobs and storage that fails or does not answer in time are EIO."""
+    return next((_ERRNOS[base] for base in type(problem).__mro__ if base in _ERRNOS), errno.EIO)

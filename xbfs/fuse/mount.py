@@ -1,0 +1,205 @@
+"""The life of a mount: mount, serve until unmounted or told to stop, unmount.
+
+``mount`` is for an event loop that may run elsewhere too; ``serve`` is a whole process in the foreground and
+``serve_in_background`` one that goes on after its parent has returned. libfuse keeps one mount per process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from xbfs.fuse import mountpoint
+from xbfs.fuse.background import run_in_background
+from xbfs.vfs.filesystem import FileSystem, ViewOptions
+from xbfs_engine.core.errors import MountFailed, StorageError
+from xbfs_engine.core.log import Logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from xbfs.vfs.filesystem import Changes
+    from xbfs_engine.catalog.catalog import Catalog
+    from xbfs_engine.store.reader import Locator
+    from xbfs_engine.store.repository import Repository
+
+READ_AHEAD_KIB: Final = 1024
+"""The kernel's read-ahead: requests of 1 MiB, the largest it sends, cost a quarter less than the usual 128 KiB."""
+USABLE_S: Final = 10.0
+"""What the kernel gets to answer the first stat of a new mount."""
+GRACE_S: Final = 2.0
+"""What requests under way get when the server is told to stop."""
+
+_log = Logger("xbfs.mount")
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """``allow_other``: other users may read too. ``log_file``: where a server in the background writes its log."""
+
+    view: ViewOptions = field(default_factory=ViewOptions)
+    allow_other: bool = False
+    log_file: Path | None = None
+
+
+async def mount(
+    repository: Repository,
+    catalog: Catalog,
+    directory: Path,
+    options: MountOptions,
+    *,
+    locator: Locator | None = None,
+    ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Mount and serve until somebody unmounts or SIGTERM or SIGINT comes; ``ready`` is called once it is usable.
+
+    Raises FuseMissing, MountPoint..., MountFailed; StorageError if the restore points can not be listed.
+    """
+    mountpoint.check_installed()
+    import pyfuse3
+
+    from xbfs.fuse.operations import Operations
+
+    path = mountpoint.prepare(directory, repository.storage.location())
+    filesystem = FileSystem(repository, catalog, options.view, locator)
+    try:
+        await filesystem.refresh()
+        operations = Operations(filesystem, for_others=options.allow_other)
+        try:
+            pyfuse3.init(operations, str(path), _kernel_options(options))
+        except RuntimeError as exc:
+            raise MountFailed(f"{path} can not be mounted on: {exc}", hint=_refusal_hint(options)) from exc
+        try:
+            await _serve(filesystem, path, ready)
+        finally:
+            pyfuse3.close(unmount=True)
+    finally:
+        filesystem.close()
+
+
+def serve(
+    repository: Repository,
+    catalog: Catalog,
+    directory: Path,
+    options: MountOptions,
+    *,
+    locator: Locator | None = None,
+    ready: Callable[[], None] = lambda: None,
+) -> None:
+    """``mount`` as a whole process: returns when the mount is gone."""
+
+    async def run() -> None:
+        await mount(repository, catalog, directory, options, locator=locator, ready=ready)
+
+    trio.run(run)
+
+
+def serve_in_background(
+    repository: Repository,
+    catalog: Catalog,
+    directory: Path,
+    options: MountOptions,
+    *,
+    locator: Locator | None = None,
+) -> int:
+    """``serve`` in a process of its own; returns its pid once the mount is usable.
+
+    Must be called before this process starts threads. Raises what ``mount`` raises.
+    """
+    mountpoint.check_installed()
+    mountpoint.prepare(directory, repository.storage.location())
+    absolute = mountpoint.resolved(directory)
+    return run_in_background(
+        lambda ready: serve(repository, catalog, absolute, options, locator=locator, ready=ready), options.log_file
+    )
+
+
+async def _serve(filesystem: FileSystem, path: Path, ready: Callable[[], None]) -> None:
+    import pyfuse3
+
+    problem: MountFailed | None = None
+    async with trio.open_nursery() as nursery:
+
+        async def serve_kernel() -> None:
+            await pyfuse3.main()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(serve_kernel)
+        nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
+        try:
+            with trio.fail_after(USABLE_S):
+                status = await trio.to_thread.run_sync(path.stat, abandon_on_cancel=True)
+        except (trio.TooSlowError, OSError) as exc:
+            problem = MountFailed(f"the mount on {path} does not answer: {exc}")
+            nursery.cancel_scope.cancel()
+        else:
+            filesystem.report.read_ahead_kib = _tune_read_ahead(status.st_dev)
+            ready()
+            nursery.start_soon(_keep_fresh, filesystem)
+    if problem is not None:
+        raise problem
+
+
+async def _stop_on_signal(everything: trio.CancelScope) -> None:
+    import pyfuse3
+
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            pyfuse3.terminate()
+            await trio.sleep(GRACE_S)
+            everything.cancel()
+
+
+async def _keep_fresh(filesystem: FileSystem) -> None:
+    """Look for new points for ever, and tell the kernel what is gone or has grown."""
+    report = filesystem.report
+    while True:
+        await trio.sleep(filesystem.options.refresh_s)
+        try:
+            changes = await filesystem.refresh()
+        except StorageError as exc:
+            if report.refresh_problem is None:
+                _log.warning("new restore points can not be looked for", problem=exc.message, hint=exc.hint)
+            report.refresh_problem = exc.message
+            continue
+        report.refresh_problem = None
+        _tell_kernel(changes)
+
+
+def _tell_kernel(changes: Changes) -> None:
+    import pyfuse3
+
+    for directory, name in changes.gone:
+        pyfuse3.invalidate_entry_async(directory, os.fsencode(name), ignore_enoent=True)
+    for directory in changes.grown:
+        with suppress(OSError):  # the kernel does not know it
+            pyfuse3.invalidate_inode(directory, attr_only=True)
+
+
+def _kernel_options(options: MountOptions) -> set[str]:
+    wanted = {"default_permissions", "ro", "nosuid", "nodev", f"fsname={mountpoint.SUBTYPE}"}
+    wanted |= {f"subtype={mountpoint.SUBTYPE}", "auto_unmount"}
+    return wanted | ({"allow_other"} if options.allow_other else set())
+
+
+def _refusal_hint(options: MountOptions) -> str:
+    if options.allow_other and os.geteuid() != 0:
+        return "allow_other needs the line user_allow_other in /etc/fuse.conf; see also the message above"
+    return f"see the message of {mountpoint.FUSERMOUNT} above"
+
+
+def _tune_read_ahead(device: int) -> int | None:
+    """Set the kernel's read-ahead where we may; returns what it is now, in KiB, if that can be read."""
+    setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    with suppress(OSError):
+        setting.write_text(str(READ_AHEAD_KIB))
+    try:
+        return int(setting.read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,171 @@
+"""Kernel requests to ``xbfs.vfs`` and back: translation only. Runs in the event loop's thread.
+
+Inodes are stateless numbers, so lookup counts need not be kept. The mount is read-only: the kernel itself refuses
+writes with EROFS before they get here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from itertools import count
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, StatvfsData
+
+from xbfs.fuse.guard import guarded
+from xbfs.vfs.tree import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pyfuse3 import ReaddirToken, RequestContext
+
+    from xbfs.vfs.filesystem import FileSystem
+    from xbfs.vfs.handles import ImageHandle
+    from xbfs.vfs.tree import Attributes, Entry
+
+T = TypeVar("T")
+
+SETTLED_S: Final = 24 * 3600.0
+"""How long the kernel may keep what never changes; what goes away is taken from it explicitly."""
+CHANGING_S: Final = 1.0
+_BLOCK: Final = 512
+_STATFS_BLOCK: Final = 4096
+_READ_SIZE: Final = 1 << 20
+_TYPES: Final = {Kind.DIRECTORY: stat.S_IFDIR | 0o500, Kind.FILE: stat.S_IFREG | 0o400, Kind.LINK: stat.S_IFLNK | 0o777}
+_FOR_OTHERS: Final = {Kind.DIRECTORY: 0o055, Kind.FILE: 0o044, Kind.LINK: 0}
+
+
+class Operations(pyfuse3.Operations):
+    """One mount. ``for_others``: other users may read too (mounted with allow_other)."""
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False
+
+    def __init__(self, filesystem: FileSystem, *, for_others: bool) -> None:
+        super().__init__()
+        self._filesystem = filesystem
+        self._tree = filesystem.tree
+        self._modes = {kind: mode | (_FOR_OTHERS[kind] if for_others else 0) for kind, mode in _TYPES.items()}
+        self._uid, self._gid = os.getuid(), os.getgid()
+        self._numbers = count(1)
+        self._images: dict[int, ImageHandle] = {}
+        self._texts: dict[int, bytes] = {}
+        self._directories: dict[int, Sequence[Entry]] = {}
+
+    @guarded
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        """Attributes of a name. A name that is missing is not remembered by the kernel: it may be a new point."""
+        return self._entry(await self._filesystem.lookup(parent_inode, os.fsdecode(name)), errno.ENOENT)
+
+    @guarded
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        """Attributes of an inode."""
+        return self._entry(self._tree.attributes(inode), errno.ESTALE)
+
+    @guarded
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        """Where a link leads."""
+        return os.fsencode(_there(self._tree.target(inode)))
+
+    @guarded
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        """Open a file: never reads."""
+        number = next(self._numbers)
+        file = self._tree.image(inode)
+        if file is not None:
+            self._images[number] = self._filesystem.open_image(file, inode)
+            return FileInfo(fh=number, keep_cache=True)
+        self._texts[number] = _there(self._tree.text(inode))
+        live = _there(self._tree.attributes(inode)).live
+        return FileInfo(fh=number, keep_cache=not live, direct_io=live)
+
+    @guarded
+    async def read(  # type: ignore[override]  # pyfuse3 takes any contiguous buffer
+        self, fh: int, off: int, size: int
+    ) -> bytes | memoryview:
+        """Read from an open file."""
+        image = self._images.get(fh)
+        if image is not None:
+            return await image.read(off, size)
+        return self._texts[fh][off : off + size]
+
+    @guarded
+    async def release(self, fh: int) -> None:
+        """Close a file."""
+        self._images.pop(fh, None)
+        self._texts.pop(fh, None)
+
+    @guarded
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        """Open a directory: what it lists is fixed from here on."""
+        number = next(self._numbers)
+        self._directories[number] = _there(self._tree.entries(inode))
+        return number
+
+    @guarded
+    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+        """List from an offset, which is the number of the entry."""
+        entries = self._directories[fh]
+        for number in range(start_id, len(entries)):
+            name, inode = entries[number]
+            attributes = self._tree.attributes(inode)
+            if attributes is None:
+                continue  # gone since the directory was opened
+            if not pyfuse3.readdir_reply(token, os.fsencode(name), self._entry(attributes), number + 1):
+                return
+
+    @guarded
+    async def releasedir(self, fh: int) -> None:
+        """Close a directory."""
+        self._directories.pop(fh, None)
+
+    @guarded
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        """The sum of all disks as size; nothing is free."""
+        points = self._tree.points
+        result = StatvfsData()
+        result.f_bsize = result.f_frsize = _STATFS_BLOCK
+        result.f_blocks = -(-points.size_bytes // _STATFS_BLOCK)
+        result.f_bfree = result.f_bavail = 0
+        result.f_files = len(points.by_id)
+        result.f_ffree = result.f_favail = 0
+        result.f_namemax = 255
+        return result
+
+    @guarded
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        """One of `user.xbfs.point`, `.disk`, `.format`."""
+        value = self._tree.extended(inode).get(os.fsdecode(name))
+        if value is None:
+            raise FUSEError(pyfuse3.ENOATTR)
+        return value.encode()
+
+    @guarded
+    async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
+        """Names of the extended attributes."""
+        return [os.fsencode(name) for name in self._tree.extended(inode)]
+
+    def _entry(self, found: Attributes | None, missing: int = errno.ENOENT) -> EntryAttributes:
+        if found is None:
+            raise FUSEError(missing)
+        entry = EntryAttributes()
+        entry.st_ino = found.inode
+        entry.st_mode = self._modes[found.kind]
+        entry.st_nlink = 1  # of a directory: says nothing about how many are in it
+        entry.st_uid, entry.st_gid = self._uid, self._gid
+        entry.st_size = found.size_bytes
+        entry.st_blocks = -(-found.allocated_bytes // _BLOCK)
+        entry.st_blksize = _READ_SIZE
+        entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = found.mtime_ns
+        entry.entry_timeout = entry.attr_timeout = SETTLED_S if found.settled else CHANGING_S
+        return entry
+
+
+def _there(value: T | None) -> T:
+    if value is None:
+        raise FUSEError(errno.ESTALE)
+    return value

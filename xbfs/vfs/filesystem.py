@@ -1,0 +1,164 @@
+"""The mounted repository as a protocol adapter sees it: tree, open files, refresh, and the state of the mount.
+
+Owns the caches, the pool and the handles of one mount. For the event loop's thread; storage is touched only in other
+threads. Everything it keeps is bounded: chunks and map nodes by bytes, problems by number, handles by the kernel.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple
+from weakref import WeakValueDictionary
+
+import trio
+
+from xbfs.vfs import inodes
+from xbfs.vfs.gate import Gate
+from xbfs.vfs.handles import ImageHandle
+from xbfs.vfs.images import DiskImage, open_image
+from xbfs.vfs.points import Points
+from xbfs.vfs.pool import ReadPool
+from xbfs.vfs.report import MountReport
+from xbfs.vfs.tree import Attributes, Tree
+from xbfs_engine.catalog.blockmap import NodeStore
+from xbfs_engine.core.errors import IntegrityError, StorageError, XbfsError
+from xbfs_engine.core.limits import MIB
+from xbfs_engine.core.log import Logger
+from xbfs_engine.store.cache import ChunkCache
+from xbfs_engine.store.reader import ChunkReader
+
+if TYPE_CHECKING:
+    from xbfs.vfs.tree import ImageFile
+    from xbfs_engine.catalog.catalog import Catalog
+    from xbfs_engine.store.reader import Locator
+    from xbfs_engine.store.repository import Repository
+
+MISS_REFRESH_S: Final = 1.0
+"""A name that is not there makes us look for new points, but not more often than this: shells ask for many names."""
+MISS_WAIT_S: Final = 2.0
+"""What such a look may take before the name counts as missing."""
+PROBLEMS_MAX: Final = 64
+
+_log = Logger("xbfs.mount")
+
+
+@dataclass(frozen=True, slots=True)
+class ViewOptions:
+    """``cache_bytes`` of decoded chunks; a read is answered within ``deadline_s``; new points are looked for every
+    ``refresh_s``."""
+
+    cache_bytes: int = 128 * MIB
+    deadline_s: float = 30.0
+    refresh_s: float = 5.0
+
+
+class Changes(NamedTuple):
+    """What a refresh changed: names that are gone, with their directory, and directories with new ones."""
+
+    gone: list[tuple[int, str]]
+    grown: list[int]
+
+
+class FileSystem:
+    """One mount of one repository; made inside the event loop. ``locator`` finds chunks that compaction moved."""
+
+    def __init__(
+        self, repository: Repository, catalog: Catalog, options: ViewOptions, locator: Locator | None = None
+    ) -> None:
+        self.options = options
+        self._clock = repository.runtime.clock
+        self._catalog = catalog
+        self._gate = Gate(repository.storage, self._clock, deadline_s=options.deadline_s)
+        reader = ChunkReader(self._gate, repository.keys, locator)
+        self._nodes = NodeStore(reader)
+        self._cache = ChunkCache(reader, options.cache_bytes)
+        self._pool = ReadPool()
+        self._images: WeakValueDictionary[int, DiskImage] = WeakValueDictionary()
+        self._seen: deque[tuple[str, str]] = deque(maxlen=PROBLEMS_MAX)
+        self._refresh_lock = trio.Lock()
+        self._refreshed_s = -MISS_REFRESH_S
+        # One at a time: a refresh that hangs keeps the catalog locked, others would only queue up behind it.
+        self._refresh_limit = trio.CapacityLimiter(1)
+        self.report = MountReport(repository, self._cache, self._gate, self._pool)
+        self.tree = Tree(
+            lambda: self.report.status_json(self.tree.points), lambda: self.report.metrics(self.tree.points)
+        )
+
+    async def lookup(self, directory: int, name: str) -> Attributes | None:
+        """As ``Tree.lookup``, but looks for new points before it says that a name is missing."""
+        found = self.tree.lookup(directory, name)
+        if found is None and self.tree.grows(directory):
+            if self._clock.monotonic_s() - self._refreshed_s >= MISS_REFRESH_S:
+                with trio.move_on_after(MISS_WAIT_S), suppress(StorageError):
+                    await self.refresh()
+            found = self.tree.lookup(directory, name)
+        return found
+
+    def open_image(self, file: ImageFile, inode: int) -> ImageHandle:
+        """Open an image; reads nothing. Raises MapCorrupt."""
+        image = self._images.get(inode)
+        if image is None:
+            image = open_image(file.shown.point, file.disk, file.format, self._nodes, self._cache)
+            self._images[inode] = image
+
+        def failed(offset: int, size: int, problem: XbfsError) -> None:
+            self._read_failed(file, offset, size, problem)
+
+        return ImageHandle(image, self._pool, timeout_s=self.options.deadline_s, failed=failed)
+
+    async def refresh(self) -> Changes:
+        """Look for new restore points and for those that are gone. Raises StorageError."""
+        async with self._refresh_lock:
+            self._refreshed_s = self._clock.monotonic_s()
+            before = self.tree.points
+            fresh = await trio.to_thread.run_sync(
+                self._load, before, abandon_on_cancel=True, limiter=self._refresh_limit
+            )
+            self._refreshed_s = self._clock.monotonic_s()
+            if fresh is None:
+                return Changes([], [])
+            self.tree.points = fresh
+            return _changes(before, fresh)
+
+    def close(self) -> None:
+        """End the threads; blocks for a second at most."""
+        self._pool.close()
+
+    def _load(self, before: Points) -> Points | None:
+        """The new state, or None if nothing changed. Runs in a thread."""
+        self._catalog.refresh()
+        points, damaged = self._catalog.points(), self._catalog.damaged()
+        return None if before.same_as(points, damaged) else Points(points, damaged, before)
+
+    def _read_failed(self, file: ImageFile, offset: int, size: int, problem: XbfsError) -> None:
+        self.report.failed_reads += 1
+        facts: dict[str, object] = {
+            "image": file.path,
+            "point": file.shown.point.id,
+            "disk": file.disk.number,
+            "offset": offset,
+            "size": size,
+            "problem": problem.message,
+        }
+        known = (file.path, problem.message)
+        if known in self._seen:
+            return  # the kernel repeats a read page by page
+        self._seen.append(known)
+        self.report.problems.append({"damage": isinstance(problem, IntegrityError), **facts})
+        _log.warning("read failed", hint=problem.hint, **facts)
+
+
+def _changes(before: Points, after: Points) -> Changes:
+    gone: list[tuple[int, str]] = []
+    grown = {inodes.VMS, inodes.BY_ID, inodes.AT}
+    for point_id, shown in before.by_id.items():
+        if point_id not in after.by_id:
+            gone.append((inodes.make(shown.vm.owner, inodes.VM_DIRECTORY), shown.name))
+            gone.append((inodes.BY_ID, str(point_id)))
+    gone.extend((inodes.VMS, name) for name in before.vms.keys() - after.vms.keys())
+    for point_id, shown in after.by_id.items():
+        if point_id not in before.by_id:
+            grown.add(inodes.make(shown.vm.owner, inodes.VM_DIRECTORY))
+    return Changes(gone, sorted(grown))

@@ -1,0 +1,79 @@
+"""Open files: reading an image, noticing that it is read in order, and reading ahead.
+
+Owns what an open file remembers between reads. For the event loop's thread; decoding happens in the pool's.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from xbfs_engine.core.errors import XbfsError
+from xbfs_engine.core.limits import MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from xbfs.vfs.images import DiskImage
+    from xbfs.vfs.pool import ReadPool
+
+NEAR_BYTES: Final = 4 * MIB
+"""Reads this close to where the last one ended still go on in order: kernel and qemu send several at once."""
+STREAK_MIN: Final = 2
+"""Reads in order before anything is read ahead: a random reader hits twice by chance once in 10^5 on a GiB."""
+PIECE_BYTES: Final = 1 * MIB
+"""What one thread reads ahead at a time: about a millisecond of decoding."""
+WINDOW_MIN_BYTES: Final = 2 * MIB
+WINDOW_MAX_BYTES: Final = 8 * MIB
+
+
+class ImageHandle:
+    """An open image. ``failed(offset, size, problem)`` is told of reads that fail; ``timeout_s`` bounds a read."""
+
+    __slots__ = ("_ahead_to", "_failed", "_image", "_next", "_pool", "_streak", "_timeout_s", "_window", "read_cached")
+
+    def __init__(
+        self, image: DiskImage, pool: ReadPool, *, timeout_s: float, failed: Callable[[int, int, XbfsError], None]
+    ) -> None:
+        self._image = image
+        self._pool = pool
+        self._timeout_s = timeout_s
+        self._failed = failed
+        self._next = 0
+        self._streak = 0
+        self._window = 0
+        self._ahead_to = 0
+        self.read_cached = image.access.read_cached
+
+    async def read(self, offset: int, size: int) -> bytes | memoryview:
+        """The bytes of [offset, offset+size), clipped at the end. Raises IntegrityError, StorageError."""
+        if -NEAR_BYTES <= offset - self._next <= NEAR_BYTES:
+            self._streak += 1
+            if self._streak >= STREAK_MIN:
+                self._read_ahead(offset + size)
+        else:
+            self._streak = 0
+            self._window = 0
+        self._next = offset + size
+        data = self.read_cached(offset, size)
+        if data is not None:
+            return data
+        try:
+            return await self._pool.run(partial(self._image.access.read_at, offset, size), self._timeout_s)
+        except XbfsError as exc:
+            self._failed(offset, size, exc)
+            raise
+
+    def _read_ahead(self, end: int) -> None:
+        """Have pieces decoded up to a window beyond ``end``; the window grows as long as reads stay in order."""
+        if self._window == 0 or not end - NEAR_BYTES <= self._ahead_to <= end + WINDOW_MAX_BYTES:
+            self._window = WINDOW_MIN_BYTES
+            self._ahead_to = end
+        self._ahead_to = max(self._ahead_to, end)
+        limit = min(end + self._window, self._image.access.size_bytes)
+        while self._ahead_to < limit:
+            piece_end = (self._ahead_to // PIECE_BYTES + 1) * PIECE_BYTES
+            if not self._pool.offer(partial(self._image.warm, self._ahead_to, piece_end - self._ahead_to)):
+                return
+            self._ahead_to = piece_end
+            self._window = min(2 * self._window, WINDOW_MAX_BYTES)

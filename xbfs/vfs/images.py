@@ -1,0 +1,131 @@
+"""The image files of a disk: which there are, how big they are, and opening one.
+
+Sizes come from the manifest alone. A DiskImage holds nothing that changes; any thread may read it.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from xbfs.vfs.names import SECOND_NS
+from xbfs.view.disk import PointDisk
+from xbfs.view.synthetic import SyntheticImage
+from xbfs_engine.catalog.blockmap import BlockMap
+from xbfs_engine.core.errors import ImageUnsupported
+from xbfs_engine.core.limits import MIB
+from xbfs_engine.formats.segments import DiskExtent
+from xbfs_engine.formats.vhd import (
+    VhdDynamicLayout,
+    vhd_block_count,
+    vhd_dynamic_size,
+    vhd_timestamp_s,
+    vhd_uuid,
+    vhd_virtual_size,
+)
+from xbfs_engine.formats.vhd_records import BLOCK_SIZE
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from xbfs.view.base import RandomAccess
+    from xbfs_engine.catalog.blockmap import NodeStore
+    from xbfs_engine.catalog.restore_point import DiskRecord, RestorePoint
+    from xbfs_engine.formats.segments import Layout
+    from xbfs_engine.store.cache import ChunkCache
+
+_MIB_PER_BLOCK: Final = BLOCK_SIZE // MIB
+assert _MIB_PER_BLOCK == 2
+
+
+class ImageFormat(IntEnum):
+    """Files a disk can have. Numbers are part of inode numbers: never reused. 15 is the last."""
+
+    RAW = 0
+    VHD = 1
+    VHD_REFUSED = 2
+
+    @property
+    def suffix(self) -> str:
+        """What follows the disk's number in the file name."""
+        return _SUFFIXES[self]
+
+
+_SUFFIXES: Final = {
+    ImageFormat.RAW: ".raw",
+    ImageFormat.VHD: ".vhd",
+    ImageFormat.VHD_REFUSED: ".vhd.unavailable.txt",
+}
+
+
+def image_formats(disk: DiskRecord) -> tuple[ImageFormat, ...]:
+    """The files of a disk: an image, or the reason why there is none."""
+    return ImageFormat.RAW, ImageFormat.VHD_REFUSED if vhd_refusal(disk) else ImageFormat.VHD
+
+
+def vhd_refusal(disk: DiskRecord) -> str | None:
+    """Why there is no VHD of a disk, or None."""
+    try:
+        vhd_virtual_size(disk.size_bytes)
+    except ImageUnsupported as exc:
+        return f"{exc.message}\n{exc.hint}\n"
+    return None
+
+
+def image_size(disk: DiskRecord, image_format: ImageFormat) -> tuple[int, int]:
+    """Size of an image file and the bytes of it that are not holes, both in bytes."""
+    if image_format is ImageFormat.RAW:
+        return disk.size_bytes, disk.data_bytes
+    assert image_format is ImageFormat.VHD
+    present = int(_allocated(disk).sum())
+    size = vhd_dynamic_size(disk.size_bytes, present)
+    return size, size - max(present * BLOCK_SIZE - disk.data_bytes, 0)
+
+
+class DiskImage:
+    """One disk of a point in one format."""
+
+    __slots__ = ("__weakref__", "_disk", "_layout", "access")
+
+    def __init__(self, disk: PointDisk, layout: Layout | None) -> None:
+        self._disk = disk
+        self._layout = layout
+        self.access: RandomAccess = disk if layout is None else SyntheticImage(layout, disk)
+
+    def warm(self, offset: int, length: int) -> None:
+        """Decode what a range of the image needs into the cache. May block; raises as ``read_at``."""
+        if self._layout is None:
+            self._disk.warm(offset, length)
+            return
+        for segment in self._layout.segments(offset, length):
+            if isinstance(segment, DiskExtent):
+                self._disk.warm(segment.offset, segment.length)
+
+
+def open_image(
+    point: RestorePoint, disk: DiskRecord, image_format: ImageFormat, nodes: NodeStore, cache: ChunkCache
+) -> DiskImage:
+    """The image of a disk; reads nothing. Raises MapCorrupt if the manifest's root does not fit the disk."""
+    block_map = BlockMap(nodes, disk.root, disk.chunks)
+    access = PointDisk(block_map, cache, size_bytes=disk.size_bytes, chunk_size=disk.chunk_size)
+    if image_format is ImageFormat.RAW:
+        return DiskImage(access, None)
+    assert image_format is ImageFormat.VHD
+    layout = VhdDynamicLayout(
+        disk.size_bytes,
+        _allocated(disk),
+        uuid16=vhd_uuid(point.id, disk.number),
+        timestamp_s=vhd_timestamp_s(point.time_ns // SECOND_NS),
+    )
+    return DiskImage(access, layout)
+
+
+def _allocated(disk: DiskRecord) -> NDArray[np.bool_]:
+    """Which VHD blocks of 2 MiB hold data, by the manifest's map of MiBs."""
+    blocks = vhd_block_count(disk.size_bytes)
+    bits = np.zeros(blocks * _MIB_PER_BLOCK, np.bool_)
+    mibs = np.unpackbits(np.frombuffer(disk.data_map, np.uint8))[: bits.size]
+    bits[: mibs.size] = mibs
+    return bits[::2] | bits[1::2]

@@ -1,0 +1,171 @@
+"""A disk of a restore point as random-access bytes: block map and decoded chunks put together.
+
+Owns the way from an offset to chunks; which chunks are kept is ``store.cache``'s, map nodes ``catalog.blockmap``'s.
+Holds nothing that changes: any number of threads may read at once. Where the map has no chunk the disk reads as zeros.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from xbfs.view.base import Extent
+from xbfs_engine.core.errors import IntegrityError, MapCorrupt
+from xbfs_engine.core.limits import CHUNK_SIZE_MAX, LEAF_FANOUT, MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from typing_extensions import Buffer
+
+    from xbfs_engine.catalog.blockmap import BlockMap
+    from xbfs_engine.core.ids import ChunkRef
+    from xbfs_engine.store.cache import ChunkCache
+
+BATCH_BYTES: Final = 4 * MIB
+"""Chunks asked for at once: bounds what one reading thread holds beside its answer."""
+
+_ZEROS: Final = memoryview(bytes(CHUNK_SIZE_MAX))
+
+
+class PointDisk:
+    """One disk. ``chunk_size`` in bytes; the last chunk may be short."""
+
+    __slots__ = ("_cache", "_chunk_size", "_map", "_size")
+
+    def __init__(self, block_map: BlockMap, cache: ChunkCache, *, size_bytes: int, chunk_size: int) -> None:
+        self._map = block_map
+        self._cache = cache
+        self._size = size_bytes
+        self._chunk_size = chunk_size
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the disk."""
+        return self._size
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """The bytes of [offset, offset+length), clipped at the end. May block.
+
+        Raises IntegrityError, whose message names the first byte of the disk that can not be read, or StorageError.
+        """
+        end = min(offset + length, self._size)
+        parts: list[Buffer] = []
+        for first, last in self._batches(offset, end):
+            chunks = self._chunks(first, last)
+            parts += [self._slice(chunks.get(position), position, offset, end) for position in range(first, last)]
+        return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
+
+    def warm(self, offset: int, length: int) -> None:
+        """Decode what [offset, offset+length) needs into the cache. May block; raises as ``read_at``."""
+        for first, last in self._batches(offset, min(offset + length, self._size)):
+            self._chunks(first, last)
+
+    def read_cached(self, offset: int, length: int) -> bytes | memoryview | None:
+        """The same bytes if all map nodes and chunks are in memory, else None. Never blocks, never raises."""
+        end = min(offset + length, self._size)
+        if end <= offset:
+            return b""
+        size = self._chunk_size
+        first, last = offset // size, (end - 1) // size
+        if first == last:
+            return self._cached(first, offset, end)
+        parts: list[memoryview] = []
+        for position in range(first, last + 1):
+            part = self._cached(position, offset, end)
+            if part is None:
+                return None
+            parts.append(part)
+        return b"".join(parts)
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """Alternating data and hole extents, exact to a chunk, clipped at the end. May block."""
+        end = min(offset + length, self._size)
+        size = self._chunk_size
+        at = data_end = offset
+        for start, stop in self._data(offset // size, -(-end // size)) if offset < end else ():
+            low, high = max(start * size, offset), min(stop * size, end)
+            if low > data_end:
+                if data_end > at:
+                    yield Extent(at, data_end - at, True)
+                yield Extent(data_end, low - data_end, False)
+                at = low
+            data_end = high
+        if data_end > at:
+            yield Extent(at, data_end - at, True)
+        if data_end < end:
+            yield Extent(data_end, end - data_end, False)
+
+    def _data(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Runs of positions in [first, last) that have chunks, ascending."""
+        for number, leaf in self._map.leaves(first // LEAF_FANOUT, -(-last // LEAF_FANOUT)):
+            base = number * LEAF_FANOUT
+            for slot, _ in leaf.children():
+                if first <= base + slot < last:
+                    yield base + slot, base + slot + 1
+
+    def _batches(self, offset: int, end: int) -> Iterator[tuple[int, int]]:
+        """Ranges of positions that cover [offset, end), each of at most BATCH_BYTES."""
+        size = self._chunk_size
+        step = BATCH_BYTES // size
+        last = -(-end // size)
+        for first in range(offset // size, last, step) if offset < end else ():
+            yield first, min(first + step, last)
+
+    def _chunks(self, first: int, last: int) -> dict[int, Buffer]:
+        """The chunks that exist in [first, last), by position."""
+        refs: dict[int, ChunkRef] = {}
+        for number in range(first // LEAF_FANOUT, (last - 1) // LEAF_FANOUT + 1):
+            base = number * LEAF_FANOUT
+            try:
+                leaf = self._map.leaf(number)
+            except IntegrityError as exc:
+                raise self._located(exc, max(base, first)) from exc
+            if leaf is None:
+                continue
+            for position in range(max(base, first), min(base + LEAF_FANOUT, last)):
+                ref = leaf.child(position - base)
+                if ref is not None:
+                    refs[position] = ref
+        if not refs:
+            return {}
+        try:
+            data = self._cache.get(list(refs.values()))
+        except IntegrityError as exc:
+            raise self._blamed(refs, exc) from exc
+        return dict(zip(refs, data, strict=True))
+
+    def _blamed(self, refs: dict[int, ChunkRef], problem: IntegrityError) -> IntegrityError:
+        """The error of the first chunk that can not be read: a batch does not say which one it was."""
+        for position, ref in refs.items():
+            try:
+                self._cache.get([ref])
+            except IntegrityError as exc:
+                return self._located(exc, position)
+        return problem
+
+    def _located(self, problem: IntegrityError, position: int) -> IntegrityError:
+        return type(problem)(f"byte {position * self._chunk_size} of the disk: {problem.message}", hint=problem.hint)
+
+    def _cached(self, position: int, offset: int, end: int) -> memoryview | None:
+        """The part of [offset, end) that lies in one chunk, if that is known without waiting."""
+        known, leaf = self._map.leaf_cached(position // LEAF_FANOUT)
+        if not known:
+            return None
+        ref = None if leaf is None else leaf.child(position % LEAF_FANOUT)
+        chunk: Buffer | None = None
+        if ref is not None:
+            chunk = self._cache.cached(ref.id)
+            if chunk is None or len(memoryview(chunk)) != self._expected(position):
+                return None
+        return self._slice(chunk, position, offset, end)
+
+    def _expected(self, position: int) -> int:
+        return min(self._chunk_size, self._size - position * self._chunk_size)
+
+    def _slice(self, chunk: Buffer | None, position: int, offset: int, end: int) -> memoryview:
+        """The part of [offset, end) that lies in the chunk at ``position``; None is a chunk of zeros."""
+        start = position * self._chunk_size
+        view = _ZEROS if chunk is None else memoryview(chunk)
+        if chunk is not None and len(view) != self._expected(position):
+            raise MapCorrupt(f"byte {start} of the disk: the map names a chunk of {len(view)} bytes")
+        return view[max(offset - start, 0) : min(end - start, self._expected(position))]
