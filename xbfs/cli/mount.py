@@ -1,0 +1,57 @@
+"""mount and umount."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xbfs.cli.context import cache_directory, catalog_of, index_of, repository_of, storage_of
+from xbfs.fuse import mountpoint
+
+if TYPE_CHECKING:
+    import argparse
+
+    from xbfs.cli.output import Output
+
+LOG_NAME = "mount.log"
+
+
+def mount(arguments: argparse.Namespace, output: Output) -> None:
+    """Mount; in the foreground until the mount is gone."""
+    directory = Path(arguments.directory)
+    # Whatever is wrong here is said before anybody types a passphrase.
+    mountpoint.check_installed()
+    path = mountpoint.prepare(directory, storage_of(arguments).location())
+    from xbfs.fuse.mount import MountOptions, serve, serve_in_background
+    from xbfs.vfs.filesystem import ViewOptions
+
+    repository = repository_of(arguments)
+    catalog, index = catalog_of(repository, output), index_of(repository)
+    log_file = cache_directory(repository) / LOG_NAME if arguments.background else None
+    options = MountOptions(
+        view=ViewOptions(cache_bytes=arguments.cache_size, deadline_s=arguments.deadline),
+        allow_other=arguments.allow_other,
+        log_file=log_file,
+    )
+    output.result({"mount_point": str(path), "background": arguments.background})
+    if log_file is None:
+        serve(
+            repository,
+            catalog,
+            directory,
+            options,
+            locator=index,
+            ready=lambda: output.say_now(f"mounted on {path}; Ctrl-C or `xbfs umount {path}` ends it"),
+        )
+        return
+    pid = serve_in_background(repository, catalog, directory, options, locator=index)
+    output.result({"pid": pid, "log_file": str(log_file)})
+    output.say(f"mounted on {path}; process {pid} serves it and logs to {log_file}")
+
+
+def umount(arguments: argparse.Namespace, output: Output) -> None:
+    """Unmount."""
+    directory = Path(arguments.directory)
+    mountpoint.umount(directory)
+    output.result({"mount_point": str(directory)})
+    output.say(f"unmounted {directory}")

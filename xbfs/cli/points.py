@@ -1,0 +1,62 @@
+"""points and show."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xbfs.cli import text
+from xbfs.cli.context import catalog_of, repository_of
+from xbfs.cli.describe import disk_lines, methods, point_record, source_bytes
+from xbfs_engine.catalog.catalog import points_of
+
+if TYPE_CHECKING:
+    import argparse
+
+    from xbfs.cli.output import Output
+
+ID_DIGITS = 12
+"""Digits of an id that lists show."""
+
+
+def points(arguments: argparse.Namespace, output: Output) -> None:
+    """List the restore points, oldest first."""
+    found = catalog_of(repository_of(arguments), output).points()
+    if arguments.vm is not None:
+        found = points_of(found, arguments.vm)
+    output.result({"points": [point_record(point) for point in found]})
+    if not found:
+        output.say("no restore points yet")
+        return
+    rows = [("POINT", "VM", "TIME", "DISKS", "SIZE", "METHOD", "READ", "STORED")]
+    rows += [
+        (
+            point.id[:ID_DIGITS],
+            point.vm_name,
+            text.when(point.time_ns),
+            str(len(point.disks)),
+            text.size(sum(disk.size_bytes for disk in point.disks)),
+            methods(point),
+            text.size(source_bytes(point)),
+            text.size(point.run.stored_bytes + point.run.metadata_bytes),
+        )
+        for point in found
+    ]
+    for line in text.table(rows, right=frozenset({3, 4, 6, 7})):
+        output.say(line)
+
+
+def show(arguments: argparse.Namespace, output: Output) -> None:
+    """Tell all that is known of a restore point."""
+    point = catalog_of(repository_of(arguments), output).find(arguments.point)
+    run = point.run
+    output.result(point_record(point) | {"vm": point.vm})
+    output.say(f"restore point {point.id}")
+    output.say(f"VM {point.vm_name} ({point.vm_uuid})")
+    output.say(f"time {text.when(point.time_ns)}, parent {point.parent[:ID_DIGITS] if point.parent else 'none'}")
+    for disk in point.disks:
+        for line in disk_lines(disk):
+            output.say(line)
+    output.say(
+        f"stored {text.size(run.stored_bytes)}, metadata {text.size(run.metadata_bytes)}, "
+        f"{text.count(run.packs, 'pack')}, in {text.duration(run.elapsed_ms / 1000)} by {run.program} on {run.node}"
+    )
