@@ -2,13 +2,16 @@
 
 Look-ups come in batches from many threads; ``refresh`` and ``add`` are serialised by a lock and swap an immutable tuple
 of runs, so a look-up never waits. Several processes may share the cache directory: files are immutable, named by what
-they stand for and put in place atomically.
+they stand for and put in place atomically; whoever adds or removes some holds a lock on the directory.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,12 +19,12 @@ import numpy as np
 from xbfs_engine.core.errors import BlobNotFound, IndexCorrupt, XbfsError
 from xbfs_engine.core.ids import ID_SIZE, BlobHash, Placement
 from xbfs_engine.core.log import Logger
-from xbfs_engine.storage.files import write_replace
+from xbfs_engine.storage.files import storage_error, write_replace
 from xbfs_engine.store.index_blob import PREFIX, get_index
 from xbfs_engine.store.index_run import Run, encode_run, merged, run_file_name, run_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from xbfs_engine.codec.keys import KeySet
@@ -54,17 +57,16 @@ class ChunkIndex:
 
         A damaged index blob is left out with a warning: it costs deduplication, never data. Raises StorageError.
         """
-        with self._lock:
+        with self._exclusive():
             named = (_NAME.fullmatch(blob.name) for blob in self._storage.list_blobs(PREFIX))
             listed = {BlobHash(bytes.fromhex(match[1])) for match in named if match}
-            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._runs = self._cached_runs(listed)
             missing = listed - {source for run in self._runs for source in run.sources} - self._skipped
             self._catch_up(sorted(missing))
 
     def add(self, source: BlobHash, packs: Sequence[SealedPack]) -> None:
         """Make the packs of an index blob that was just put findable."""
-        with self._lock:
+        with self._exclusive():
             self._append([source], packs)
 
     def lookup(self, ids: Sequence[bytes]) -> list[Placement | None]:
@@ -90,6 +92,21 @@ class ChunkIndex:
         """Places known."""
         return sum(len(run) for run in self._runs)
 
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Alone among threads and processes: else one could tidy away a run that another is about to map."""
+        with self._lock:
+            try:
+                self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+                folder = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except OSError as exc:
+                raise storage_error(exc, f"open the index cache {self._directory}") from exc
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX)
+                yield
+            finally:
+                os.close(folder)
+
     def _cached_runs(self, listed: set[BlobHash]) -> tuple[Run, ...]:
         runs: list[Run] = []
         known: set[BlobHash] = set()
@@ -105,6 +122,8 @@ class ChunkIndex:
             elif known.isdisjoint(run.sources):
                 runs.append(run)
                 known.update(run.sources)
+            else:  # another process merged the same sources otherwise
+                run.path.unlink(missing_ok=True)
         return tuple(runs)
 
     def _catch_up(self, missing: list[BlobHash]) -> None:

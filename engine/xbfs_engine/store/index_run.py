@@ -4,6 +4,10 @@ A run holds, sorted, the first 8 bytes of each id, the next 8, and the place; a 
 makes a look-up one or two memory reads. Files are memory-mapped, so the heap stays small whatever the repository holds.
 A run is a cache: it can be deleted at any time and is rebuilt from the index blobs it names.
 
+A wrong place would lose data: a backup would refer to a chunk that is not there. So the head and the pack table carry a
+checksum that is verified when a run is opened, and an entry's second word is masked with a mix of its place: once any
+bit of an entry has flipped, the entry matches no id. Damage costs deduplication; nothing has to be read in advance.
+
 The 16 bytes of a keyed 256-bit hash identify a chunk: nobody without the key can search for a collision, and among
 10^9 chunks a chance collision has a probability of about 10^-21. Every read checks the whole id.
 """
@@ -28,11 +32,14 @@ if TYPE_CHECKING:
 
     from xbfs_engine.store.packer import SealedPack
 
-MAGIC = b"XBFSRUN2"
+MAGIC = b"XBFSRUN3"
 HEAD = struct.Struct("<8sIIQII")
-"""Magic, sources, packs, entries, bucket bits, zero."""
+"""Magic, sources, packs, entries, bucket bits, zero; then BLAKE3 of these, the sources and the pack table."""
+CHECKED_HEAD_SIZE = HEAD.size + 32
 ENTRIES_PER_BUCKET = 8
 BUCKET_BITS_MAX = 27
+PROBES_MAX = 1024
+"""Entries looked at in one bucket. It holds about six; only a damaged directory shows more."""
 assert HEAD.size == 32
 
 
@@ -89,13 +96,21 @@ def encode_run(run: RunData) -> list[bytes | memoryview]:
         run.high, np.arange(0, 1 << bits, dtype=np.uint64) << np.uint64(64 - bits), side="left"
     ).astype(np.uint64)
     head = HEAD.pack(MAGIC, len(run.sources), len(run.packs), len(run.high), bits, 0)
-    tables = (np.append(buckets, np.uint64(len(run.high))), run.high, run.low, run.place)
+    names = [b"".join(run.sources), run.packs.tobytes()]
+    tables = (np.append(buckets, np.uint64(len(run.high))), run.high, run.low ^ _mask(run.place), run.place)
     return [
         head,
-        b"".join(run.sources),
-        run.packs.tobytes(),
+        blob_hash(head, *names),
+        *names,
         *(np.ascontiguousarray(t).data.cast("B") for t in tables),
     ]
+
+
+def _mask(place: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A word that any change of ``place`` changes: the finaliser of splitmix64, a bijection."""
+    mixed = (place ^ (place >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
 
 
 def run_file_name(sources: Sequence[BlobHash]) -> str:
@@ -112,9 +127,10 @@ class Run:
             raw = np.memmap(path, dtype=np.uint8, mode="r")
         except (OSError, ValueError) as exc:
             raise IndexCorrupt(f"index cache file {path.name} can not be mapped") from exc
-        if len(raw) < HEAD.size:
+        if len(raw) < CHECKED_HEAD_SIZE:
             raise IndexCorrupt(f"index cache file {path.name} is truncated")
-        magic, sources, packs, entries, bits, _ = HEAD.unpack(raw[: HEAD.size].tobytes())
+        head = raw[: HEAD.size].tobytes()
+        magic, sources, packs, entries, bits, _ = HEAD.unpack(head)
         sizes = [
             sources * ID_SIZE,
             packs * ID_SIZE,
@@ -123,10 +139,12 @@ class Run:
             entries * 8,
             entries * 8,
         ]
-        if magic != MAGIC or bits > BUCKET_BITS_MAX or HEAD.size + sum(sizes) != len(raw):
+        if magic != MAGIC or not 1 <= bits <= BUCKET_BITS_MAX or CHECKED_HEAD_SIZE + sum(sizes) != len(raw):
             raise IndexCorrupt(f"index cache file {path.name} does not have the size its head says")
-        parts = np.split(raw, np.cumsum([HEAD.size, *sizes]))[1:7]
+        parts = np.split(raw, np.cumsum([CHECKED_HEAD_SIZE, *sizes]))[1:7]
         hashes = parts[0].tobytes()
+        if blob_hash(head, hashes, parts[1].data) != raw[HEAD.size : CHECKED_HEAD_SIZE].tobytes():
+            raise IndexCorrupt(f"index cache file {path.name} is damaged")
         self.sources = tuple(BlobHash(hashes[at : at + ID_SIZE]) for at in range(0, len(hashes), ID_SIZE))
         self._packs = parts[1].view("V32")
         self._buckets, self._high, self._low, self._place = (part.view("<u8") for part in parts[2:])
@@ -136,19 +154,22 @@ class Run:
         return len(self._high)
 
     def data(self) -> RunData:
-        """The whole content, for merging; arrays stay memory-mapped."""
-        return RunData(self.sources, self._packs, self._high, self._low, self._place)
+        """The whole content, for merging. A damaged entry stays one that matches no id."""
+        return RunData(self.sources, self._packs, self._high, self._low ^ _mask(self._place), self._place)
 
     def lookup(self, high: NDArray[np.uint64], low: NDArray[np.uint64], found: list[Placement | None]) -> None:
         """Fill ``found`` where this run knows (high[i], low[i]); entries already filled are left alone."""
         buckets = (high >> self._shift).astype(np.int64)
-        at = self._buckets[buckets].astype(np.int64)
-        end = self._buckets[buckets + 1].astype(np.int64)
+        entries = np.uint64(len(self._high))
+        at = np.minimum(self._buckets[buckets], entries).astype(np.int64)
+        end = np.minimum(self._buckets[buckets + 1], entries).astype(np.int64)
+        end = np.minimum(end, at + PROBES_MAX)
         active = np.flatnonzero(at < end)
         while len(active):
             here = at[active]
-            hit = (self._high[here] == high[active]) & (self._low[here] == low[active])
-            for number, place in zip(active[hit].tolist(), self._place[here[hit]].tolist(), strict=True):
+            places = self._place[here]
+            hit = (self._high[here] == high[active]) & (self._low[here] == low[active] ^ _mask(places))
+            for number, place in zip(active[hit].tolist(), places[hit].tolist(), strict=True):
                 if found[number] is None:
                     found[number] = Placement(BlobHash(self._packs[place >> 16].tobytes()), place & 0xFFFF)
             at[active] += 1
