@@ -78,7 +78,7 @@ class FileSystem:
         self._images: WeakValueDictionary[int, DiskImage] = WeakValueDictionary()
         self._seen: deque[tuple[str, str]] = deque(maxlen=PROBLEMS_MAX)
         self._refresh_lock = trio.Lock()
-        self._refreshed_s = -MISS_REFRESH_S
+        self._missed_s = self._clock.monotonic_s() - MISS_REFRESH_S
         # One at a time: a refresh that hangs keeps the catalog locked, others would only queue up behind it.
         self._refresh_limit = trio.CapacityLimiter(1)
         self.report = MountReport(repository, self._cache, self._gate, self._pool)
@@ -90,7 +90,9 @@ class FileSystem:
         """As ``Tree.lookup``, but looks for new points before it says that a name is missing."""
         found = self.tree.lookup(directory, name)
         if found is None and self.tree.grows(directory):
-            if self._clock.monotonic_s() - self._refreshed_s >= MISS_REFRESH_S:
+            now_s = self._clock.monotonic_s()
+            if now_s - self._missed_s >= MISS_REFRESH_S:
+                self._missed_s = now_s
                 with trio.move_on_after(MISS_WAIT_S), suppress(StorageError):
                     await self.refresh()
             found = self.tree.lookup(directory, name)
@@ -111,12 +113,10 @@ class FileSystem:
     async def refresh(self) -> Changes:
         """Look for new restore points and for those that are gone. Raises StorageError."""
         async with self._refresh_lock:
-            self._refreshed_s = self._clock.monotonic_s()
             before = self.tree.points
             fresh = await trio.to_thread.run_sync(
                 self._load, before, abandon_on_cancel=True, limiter=self._refresh_limit
             )
-            self._refreshed_s = self._clock.monotonic_s()
             if fresh is None:
                 return Changes([], [])
             self.tree.points = fresh

@@ -7,6 +7,7 @@ Memory: ``capacity_bytes`` of plaintext, plus one batch for every thread inside 
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
@@ -22,17 +23,18 @@ if TYPE_CHECKING:
 
 CAPACITY_BYTES: Final = 128 * MIB
 PATIENCE_S: Final = 1.0
-"""How long a thread waits for another that decodes the same chunk: decoding takes a thousandth of it, so whoever waits
-longer waits for a storage that hangs, and had better ask it himself."""
+"""How long others wait for a thread that fetches the chunk they want: decoding takes a thousandth of it, so a fetch
+that takes longer hangs in the storage, and they had better ask it themselves and get its answer."""
 
 
 class _Flight:
     """Chunks that one thread is fetching; others wait for it."""
 
-    __slots__ = ("_latch", "landed")
+    __slots__ = ("_latch", "_started_s", "landed")
 
     def __init__(self) -> None:
         self.landed: dict[bytes, Buffer] = {}
+        self._started_s = time.monotonic()
         self._latch = threading.Lock()
         self._latch.acquire()
 
@@ -40,9 +42,9 @@ class _Flight:
         """Let everybody go on who waits."""
         self._latch.release()
 
-    def wait(self, timeout_s: float) -> None:
-        """Wait until ``end`` or for ``timeout_s``."""
-        if self._latch.acquire(timeout=timeout_s):
+    def wait(self, patience_s: float) -> None:
+        """Wait until ``end``, or until the fetch takes longer than ``patience_s``."""
+        if self._latch.acquire(timeout=max(self._started_s + patience_s - time.monotonic(), 0)):
             self._latch.release()
 
 
