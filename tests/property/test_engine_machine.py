@@ -12,7 +12,7 @@ from tests.support.machine import EngineMachine
 def test_every_committed_point_reads_back_always() -> None:
     run_state_machine_as_test(
         EngineMachine,
-        settings=settings(max_examples=15, stateful_step_count=25, deadline=None, derandomize=True, print_blob=True),
+        settings=settings(max_examples=10, stateful_step_count=25, deadline=None, derandomize=True, print_blob=True),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from xbfs_engine.core.errors import SourceChanged
 from xbfs_engine.core.limits import KIB, LEAF_FANOUT, MIB, NODE_FANOUT
 from xbfs_engine.core.runtime import Runtime, SystemRandom
 from xbfs_engine.ingest.backup import BackupRequest, BackupRun, DiskJob
+from xbfs_engine.storage.local import LocalStorage
 from xbfs_engine.storage.memory import MemoryStorage
 from xbfs_engine.store.index import ChunkIndex
 from xbfs_engine.store.reader import ChunkReader
@@ -25,7 +27,7 @@ from xbfs_engine.store.repository import create_repository, open_repository
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
+    from multiprocessing.connection import Connection
 
     from xbfs_engine.catalog.restore_point import DiskRecord, RestorePoint
     from xbfs_engine.ingest.statistics import Progress
@@ -190,3 +192,17 @@ def pattern(seed: int, size_bytes: int = CHUNK) -> bytes:
 def blobs(storage: Storage, prefix: str = "") -> dict[str, bytes]:
     """Every blob of a storage."""
     return {blob.name: storage.get(blob.name) for blob in storage.list_blobs(prefix)}
+
+
+def content_of(seed: int) -> bytes:
+    """A disk of a few packs: most of it shared by all seeds, a third their own."""
+    return pattern(0, 24 * CHUNK) + pattern(seed, 12 * CHUNK + seed % 1000)
+
+
+def back_up_repeatedly(root: str, cache: str, first: int, count: int, committed: Connection) -> None:
+    """In a process of its own: points of VM "vm-<seed>" for ``count`` seeds from ``first``; sends each one's id."""
+    engine = Engine(LocalStorage(Path(root)), Path(cache))
+    committed.send("ready")
+    for seed in range(first, first + count):
+        committed.send(engine.backup(content_of(seed), vm_uuid=f"vm-{seed}").id)
+    committed.send("done")
