@@ -1,6 +1,6 @@
 """Writes one disk of a restore point as an image file or stream, every chunk checked against its id on the way.
 
-Worker threads take batches (4 MiB of image) from one feed and read, decode and write them; a file is written in any
+Worker threads take batches (2 MiB of image) from one feed and read, decode and write them; a file is written in any
 order, a stream in turn. Memory: one batch per thread and the caches of block map nodes and pack directories (48 MiB).
 An export belongs to one task; cancelling it leaves nothing of a file behind.
 """
