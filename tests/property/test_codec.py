@@ -152,9 +152,9 @@ def test_hostile_configs_give_only_xbfs_errors(blob: bytes):
     field_changes(msgpack.unpackb(BLOBS[CONFIG])["body"]) | mutations(msgpack.unpackb(BLOBS[CONFIG])["body"]),
 )
 def test_hostile_config_bodies_with_a_good_signature_give_only_xbfs_errors(body: bytes):
-    """Of somebody who holds the signing key, like a stolen node."""
-    assert KEYS.signing_private is not None
-    signature = Ed25519PrivateKey.from_private_bytes(KEYS.signing_private).sign(b"xbfs config v1\0" + body)
+    """Of somebody who holds the config key, like a stolen owner."""
+    assert KEYS.config_private is not None
+    signature = Ed25519PrivateKey.from_private_bytes(KEYS.config_private).sign(b"xbfs config v1\0" + body)
     signed = SignedConfig(body, signature)
     vouched = replace(CONTENTS, config_digest=signed.digest)
     with suppress(XbfsError):

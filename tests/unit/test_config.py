@@ -7,6 +7,7 @@ from dataclasses import replace
 import msgpack
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tests.support.runtime import START_NS, SeededRandom
 from xbfs_engine.codec import wire
@@ -40,7 +41,7 @@ def config_of(keys: KeySet, generation: int = 1, seed: int = 5) -> SignedConfig:
 
 
 SIGNED = config_of(KEYS)
-CONTENTS = SlotContents(KEYS.repository_id, OWNER_KEY, NODE_KEY, KEYS.signing_public, 1, SIGNED.digest)
+CONTENTS = SlotContents(KEYS.repository_id, OWNER_KEY, NODE_KEY, KEYS.config_public, 1, SIGNED.digest)
 NODE_CONTENTS = replace(CONTENTS, owner_key=None)
 
 
@@ -50,12 +51,12 @@ def rotated() -> KeySet:
 
 
 def resigned(change, *, generation: int = 1, private: bytes | None = None) -> SignedConfig:
-    """What somebody with a signing key makes of the config."""
+    """What somebody with a signing key, the owner's if none is given, makes of the config."""
     body = msgpack.unpackb(SIGNED.body)
     body["generation"] = generation
     change(body)
     encoded = wire.encode(body)
-    key = Ed25519PrivateKey.from_private_bytes(private or KEYS.signing_private)
+    key = Ed25519PrivateKey.from_private_bytes(private or KEYS.config_private)
     return SignedConfig(encoded, key.sign(b"xbfs config v1\0" + encoded))
 
 
@@ -78,11 +79,25 @@ def test_a_node_gets_all_but_the_data_keys():
     assert keys.current.data.public == KEYS.current.data.public
     assert keys.current.metadata == KEYS.current.metadata
     assert (keys.chunk_id_key, keys.signing_private) == (KEYS.chunk_id_key, KEYS.signing_private)
+    assert (keys.config_public, keys.config_private) == (KEYS.config_public, None)
+
+
+def test_the_config_key_is_sealed_for_owners_alone():
+    body, rings = msgpack.unpackb(SIGNED.body), {}
+    for section, master in (("owner", OWNER_KEY), ("node", NODE_KEY)):
+        sealed = body["keyring"][section]
+        bound = b"xbfs keyring v1\0" + KEYS.repository_id + b"\0\0\0\1" + section.encode()
+        rings[section] = AESGCM(master).decrypt(sealed[:12], sealed[12:], bound)
+    assert set(msgpack.unpackb(rings["owner"])) == {"config", "data"}
+    assert set(msgpack.unpackb(rings["node"])) == {"chunk_id_key", "metadata", "signing"}
+    assert KEYS.config_private in rings["owner"]
+    assert KEYS.config_private not in rings["node"]
 
 
 def test_private_keys_are_nowhere_in_the_clear():
     blob, epoch = SIGNED.encode(), KEYS.current
-    for secret in (KEYS.chunk_id_key, KEYS.signing_private, epoch.data.private, epoch.metadata.private):
+    secrets = (KEYS.chunk_id_key, KEYS.signing_private, KEYS.config_private, epoch.data.private, epoch.metadata.private)
+    for secret in secrets:
         assert secret is not None
         assert secret not in blob
 
@@ -137,7 +152,7 @@ def test_a_swapped_public_key_is_refused():
 def test_a_swapped_public_key_signed_by_the_swapper_is_refused():
     def swap(body) -> None:
         swap_data_key(body)
-        body["signing_public"] = attacker.public_key().public_bytes_raw()
+        body["config_public"] = attacker.public_key().public_bytes_raw()
 
     attacker = Ed25519PrivateKey.from_private_bytes(b"a" * 32)
     signed = resigned(swap, generation=2, private=b"a" * 32)
@@ -145,11 +160,21 @@ def test_a_swapped_public_key_signed_by_the_swapper_is_refused():
         signed.verify(CONTENTS, 2)
 
 
-def test_a_stolen_node_can_sign_a_config_but_an_owner_does_not_accept_its_data_key():
-    """What a node holds suffices to sign; that its swap fools other nodes is in docs/threat-model.md."""
-    signed = resigned(swap_data_key, generation=2)
-    with pytest.raises(ConfigDamaged):
-        open_keys(signed.verify(CONTENTS, 2), CONTENTS)
+@pytest.mark.parametrize("contents", [CONTENTS, NODE_CONTENTS], ids=["owner", "node"])
+def test_a_config_that_a_stolen_node_signs_is_refused_by_every_slot(contents):
+    """A node holds the key that signs manifests, and may call it the config key."""
+
+    def swap(body) -> None:
+        swap_data_key(body)
+        body["config_public"] = KEYS.signing_public
+
+    for change in (swap_data_key, swap, lambda body: None):
+        signed = resigned(change, generation=2, private=KEYS.signing_private)
+        with pytest.raises(ConfigDamaged, match="not signed"):
+            signed.verify(contents, 2)
+        with pytest.raises(ConfigDamaged, match="not signed"):
+            signed.verify(replace(contents, generation=2, config_digest=signed.digest), 2)
+    resigned(swap_data_key, generation=2).verify(contents, 2)
 
 
 def test_a_public_key_that_is_not_that_of_the_keyring_is_refused():
@@ -162,18 +187,19 @@ def test_a_public_key_that_is_not_that_of_the_keyring_is_refused():
             open_keys(signed.verify(replace(contents, config_digest=signed.digest), 1), contents)
 
 
-def test_a_signing_key_that_is_not_that_of_the_keyring_is_refused():
-    wrong = replace(KEYS, signing_private=b"w" * 32)
-    contents = replace(
-        CONTENTS,
-        signing_public=Ed25519PrivateKey.from_private_bytes(b"w" * 32).public_key().public_bytes_raw(),
-    )
-    signed = config_of(wrong)
-    with pytest.raises(RepositoryRolledBack):
-        signed.verify(replace(contents, config_digest=signed.digest), 1)
-    config = SIGNED.verify(CONTENTS, 1)
-    with pytest.raises(ConfigDamaged, match="signing key"):
-        open_keys(replace(config, signing_public=b"x" * 32), CONTENTS)
+def test_a_config_that_names_another_config_key_than_the_one_it_is_signed_with_is_refused():
+    signed = resigned(lambda body: body.update(config_public=KEYS.signing_public))
+    with pytest.raises(ConfigDamaged, match="another repository"):
+        signed.verify(vouched(signed), 1)
+
+
+def test_signing_keys_that_are_not_those_of_the_keyring_are_refused():
+    good = SIGNED.verify(CONTENTS, 1)
+    for contents in (CONTENTS, NODE_CONTENTS):
+        with pytest.raises(ConfigDamaged, match="the signing key"):
+            open_keys(replace(good, signing_public=b"x" * 32), contents)
+    with pytest.raises(ConfigDamaged, match="the config key"):
+        open_keys(replace(good, config_public=b"x" * 32), CONTENTS)
 
 
 def test_an_older_config_is_refused():
@@ -203,7 +229,7 @@ def test_a_config_of_another_repository_is_refused():
     with pytest.raises(ConfigDamaged):
         config_of(other).verify(CONTENTS, 1)
     same_signer = config_of(replace(KEYS, repository_id=bytes(16)))
-    with pytest.raises(RepositoryRolledBack, match="another repository"):
+    with pytest.raises(ConfigDamaged, match="another repository"):
         same_signer.verify(vouched(same_signer), 1)
 
 

@@ -13,11 +13,12 @@ from xbfs_engine.codec.keys import Epoch, KeyPair, KeySet, Role
 from xbfs_engine.core.errors import FormatTooNew, KeyNotHeld
 
 OWNER = new_keys(SeededRandom(1))
+SIGNERS = (OWNER.signing_private, OWNER.config_private)
 
 
 def as_node(keys: KeySet) -> KeySet:
     epochs = tuple(replace(epoch, data=replace(epoch.data, private=None)) for epoch in keys.epochs)
-    return replace(keys, role=Role.NODE, epochs=epochs)
+    return replace(keys, role=Role.NODE, epochs=epochs, config_private=None)
 
 
 def test_an_owner_holds_both_private_keys_and_a_node_only_that_of_metadata():
@@ -52,15 +53,16 @@ def test_ids_are_keyed_hashes_and_a_node_id_is_never_a_chunk_id():
 
 def test_new_keys_are_all_different():
     epoch = OWNER.current
-    secrets = [OWNER.chunk_id_key, OWNER.signing_private, epoch.data.private, epoch.metadata.private]
-    assert len({*secrets, epoch.data.public, epoch.metadata.public, OWNER.signing_public}) == 7
+    secrets = [OWNER.chunk_id_key, *SIGNERS, epoch.data.private, epoch.metadata.private]
+    publics = [epoch.data.public, epoch.metadata.public, OWNER.signing_public, OWNER.config_public]
+    assert len({*secrets, *publics}) == 9
     assert all(len(secret or b"") == 32 for secret in secrets)
 
 
 def test_a_key_set_does_not_show_its_secrets():
     shown = repr(OWNER) + str(OWNER) + f"{OWNER!r:>1}"
     epoch = OWNER.current
-    for secret in (OWNER.chunk_id_key, OWNER.signing_private, epoch.data.private, epoch.metadata.private):
+    for secret in (OWNER.chunk_id_key, *SIGNERS, epoch.data.private, epoch.metadata.private):
         assert secret is not None
         assert repr(secret) not in shown
         assert repr(secret)[2:-1] not in shown

@@ -6,19 +6,23 @@ from dataclasses import replace
 
 import msgpack
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tests.support.repositories import CONFIG, PASSPHRASE, TINY, blobs, create, overwrite, reopen, slot_of
+from tests.support.repositories import CONFIG, EMPTY_POINT, PASSPHRASE, TINY, blobs, create, overwrite, reopen, slot_of
 from tests.support.runtime import test_runtime
+from xbfs_engine.catalog.catalog import Catalog
 from xbfs_engine.codec import wire
-from xbfs_engine.codec.config import Parameters, sign_config
+from xbfs_engine.codec.config import Parameters, SignedConfig, sign_config
 from xbfs_engine.codec.keys import Role
 from xbfs_engine.codec.slots import KdfParameters, SlotKind
 from xbfs_engine.core.errors import (
     BlobExists,
     ConfigDamaged,
     FormatTooNew,
+    IndexCorrupt,
     KeySlotDamaged,
     KeySlotNotFound,
+    ManifestCorrupt,
     NotARepository,
     RepositoryExists,
     RepositoryRolledBack,
@@ -26,7 +30,9 @@ from xbfs_engine.core.errors import (
     UsageError,
     WrongPassphrase,
 )
+from xbfs_engine.core.limits import OBJECT_SIZE_MAX
 from xbfs_engine.storage.memory import MemoryStorage
+from xbfs_engine.store.index_blob import get_index, put_index
 from xbfs_engine.store.repository import CreatedRepository, create_repository
 
 
@@ -247,6 +253,7 @@ def test_a_flipped_byte_anywhere_in_a_slot_is_refused_and_another_slot_opens(sto
 
 def test_a_truncated_config_or_slot_is_refused(storage, made):
     slot = f"keys/{slot_of(made.repository, SlotKind.PASSPHRASE)}"
+    made.repository.remove_slot(slot_of(made.repository, SlotKind.RECOVERY))
     for name, error in ((slot, KeySlotDamaged), (CONFIG, ConfigDamaged)):
         blob = storage.get(name)
         for size in (0, 1, len(blob) // 2, len(blob) - 1):
@@ -270,22 +277,80 @@ def test_blobs_of_absurd_size_are_refused_without_being_read(made):
     storage = Huge()
     huge: set[str] = set()
     repository = create(storage).repository
-    huge.add(f"keys/{slot_of(repository, SlotKind.PASSPHRASE)}")
-    with pytest.raises(KeySlotDamaged, match="allowed"):
+    huge.update(f"keys/{item.slot_id}" for item in repository.list_slots())
+    with pytest.raises(KeySlotDamaged, match=r"2 of 2 can not be read: .*allowed"):
         reopen(storage)
     huge.add(CONFIG)
     with pytest.raises(ConfigDamaged, match="allowed"):
         reopen(storage)
 
 
-def test_a_slot_of_another_repository_opens_nothing_here(storage, made):
-    other = MemoryStorage()
-    foreign = create(other, seed=2, passphrase="foreign").repository
-    name = f"keys/{slot_of(foreign, SlotKind.PASSPHRASE)}"
-    storage.put(name, [other.get(name)])
-    with pytest.raises(ConfigDamaged, match="not signed"):
-        reopen(storage, "foreign")
-    assert reopen(storage).id == made.repository.id
+class Swollen(MemoryStorage):
+    """Says that ``swollen`` has a size no index blob or manifest may have, and never gives its bytes."""
+
+    swollen = ""
+
+    def list_blobs(self, prefix):
+        for info in super().list_blobs(prefix):
+            yield info._replace(size_bytes=OBJECT_SIZE_MAX + 1) if info.name == self.swollen else info
+
+    def size(self, name):
+        return OBJECT_SIZE_MAX + 1 if name == self.swollen else super().size(name)
+
+    def get(self, name):
+        assert name != self.swollen, "the bytes of a blob that is too large were asked for"
+        return super().get(name)
+
+
+def test_a_huge_index_blob_is_refused_without_being_read():
+    storage = Swollen()
+    repository = create(storage).repository
+    name = put_index(storage, repository.keys, repository.runtime.random, [])
+    assert get_index(storage, repository.keys, name) == []
+    storage.swollen = f"index/{name.hex()}"
+    with pytest.raises(IndexCorrupt, match="allowed"):
+        get_index(storage, repository.keys, name)
+
+
+def test_a_huge_manifest_is_a_damaged_point_without_being_read():
+    storage = Swollen()
+    repository = create(storage).repository
+    names = ["0" * 64, "f" * 64]
+    for name in names:
+        storage.put(f"points/{name}", [b"x"])
+    storage.swollen = f"points/{names[0]}"
+    catalog = Catalog(repository)
+    catalog.refresh()
+    huge, other = (damaged.problem for damaged in catalog.damaged())
+    assert isinstance(huge, ManifestCorrupt)
+    assert "allowed" in huge.message
+    assert "bytes do not have its name" in other.message
+
+
+def test_a_manifest_that_would_be_refused_for_its_size_is_not_put(storage, made, monkeypatch):
+    monkeypatch.setattr("xbfs_engine.catalog.catalog.OBJECT_SIZE_MAX", 100)
+    before = blobs(storage)
+    with pytest.raises(ManifestCorrupt, match="100 allowed"):
+        Catalog(made.repository).commit(EMPTY_POINT)
+    assert blobs(storage) == before
+
+
+@pytest.mark.parametrize("role", Role)
+def test_a_config_that_a_stolen_node_signs_opens_with_no_slot(storage, made, role):
+    made.repository.add_slot("thief", role=Role.NODE, label="stolen", kdf=TINY)
+    made.repository.add_slot("victim", role=role, label="victim", kdf=TINY)
+    thief = reopen(storage, "thief")
+    assert thief.keys.config_private is None
+    assert thief.keys.signing_private is not None
+    body = msgpack.unpackb(msgpack.unpackb(storage.get(CONFIG))["body"])
+    body["generation"] = 2
+    body["epochs"][0]["data_public"] = b"e" * 32
+    encoded = wire.encode(body)
+    signature = Ed25519PrivateKey.from_private_bytes(thief.keys.signing_private).sign(b"xbfs config v1\0" + encoded)
+    storage.put("config/00000002", [SignedConfig(encoded, signature).encode()])
+    for secret in ("victim", "thief", PASSPHRASE):
+        with pytest.raises(ConfigDamaged, match="not signed"):
+            reopen(storage, secret)
 
 
 def test_a_config_of_another_repository_is_refused(storage, made):
@@ -333,32 +398,3 @@ def test_a_damaged_newest_config_does_not_make_an_older_one_good(storage, made):
     overwrite(storage, "config/00000002", blob[:-1])
     with pytest.raises(ConfigDamaged):
         reopen(storage)
-
-
-def test_a_slot_of_a_later_format_is_told_when_nothing_else_opens(storage, made):
-    slot_id = slot_of(made.repository, SlotKind.PASSPHRASE)
-    fields = msgpack.unpackb(storage.get(f"keys/{slot_id}"))
-    overwrite(storage, f"keys/{slot_id}", wire.encode(fields | {"version": 2}))
-    with pytest.raises(FormatTooNew, match="version 2"):
-        reopen(storage)
-    assert reopen(storage, made.recovery_code).id == made.repository.id
-
-
-def test_a_flood_of_slots_is_refused_with_advice(storage, made):
-    for number in range(63):
-        storage.put(f"keys/{number:016x}", [b"x"])
-    with pytest.raises(KeySlotDamaged, match="more than 64"):
-        reopen(storage)
-
-
-def test_a_slot_removed_between_listing_and_reading_is_skipped(storage, made):
-    class Stale(MemoryStorage):
-        def list_blobs(self, prefix):
-            yield from super().list_blobs(prefix)
-            if prefix == "keys/":
-                yield from [info for info in gone if info.name not in self._blobs]
-
-    gone = list(storage.list_blobs("keys/"))
-    stale = Stale()
-    created = create(stale, seed=3)
-    assert reopen(stale).id == created.repository.id

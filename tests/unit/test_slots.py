@@ -68,7 +68,7 @@ def test_the_layout_opens_by_hand():
         "node_key": b"N" * 32,
         "owner_key": b"O" * 32,
         "repository_id": b"r" * 16,
-        "signing_public": b"p" * 32,
+        "config_public": b"p" * 32,
     }
 
 

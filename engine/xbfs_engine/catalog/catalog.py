@@ -20,6 +20,7 @@ from xbfs_engine.core.errors import (
     PointNotFound,
 )
 from xbfs_engine.core.ids import PointId
+from xbfs_engine.core.limits import OBJECT_SIZE_MAX
 from xbfs_engine.store.pack import blob_hash
 
 if TYPE_CHECKING:
@@ -53,15 +54,17 @@ class Catalog:
         """Read manifests that were added since, drop those that are gone. Raises StorageError."""
         storage = self._repository.storage
         listed = {
-            PointId(name) for blob in storage.list_blobs(PREFIX) if _ID.fullmatch(name := blob.name[len(PREFIX) :])
+            PointId(name): blob.size_bytes
+            for blob in storage.list_blobs(PREFIX)
+            if _ID.fullmatch(name := blob.name[len(PREFIX) :])
         }
         with self._lock:
             for known in (self._points, self._damaged):
-                for gone in known.keys() - listed:
+                for gone in known.keys() - listed.keys():
                     del known[gone]
-            for point_id in sorted(listed - self._points.keys() - self._damaged.keys()):
+            for point_id in sorted(listed.keys() - self._points.keys() - self._damaged.keys()):
                 try:
-                    self._points[point_id] = self._read(point_id)
+                    self._points[point_id] = self._read(point_id, listed[point_id])
                 except BlobNotFound:
                     continue
                 except (IntegrityError, FormatTooNew) as exc:
@@ -88,6 +91,7 @@ class Catalog:
         """
         blob = seal_manifest(self._repository.keys, self._repository.runtime.random, point)
         point_id = PointId(blob_hash(blob).hex())
+        _check_size(point_id, len(blob))
         committed = open_manifest(self._repository.keys, point_id, blob)
         self._repository.storage.put(PREFIX + point_id, [blob])
         with self._lock:
@@ -116,8 +120,9 @@ class Catalog:
             raise PointNotFound(f"no restore point has an id that begins with {text}")
         return found[0]
 
-    def _read(self, point_id: PointId) -> RestorePoint:
-        blob = self._repository.storage.get(PREFIX + point_id)
+    def _read(self, point_id: PointId, size_bytes: int) -> RestorePoint:
+        _check_size(point_id, size_bytes)
+        blob = self._repository.storage.read(PREFIX + point_id, 0, size_bytes)
         if blob_hash(blob).hex() != point_id:
             raise ManifestCorrupt(f"restore point {point_id[:12]}: its bytes do not have its name")
         return open_manifest(self._repository.keys, point_id, blob)
@@ -132,6 +137,13 @@ def points_of(points: Sequence[RestorePoint], vm: str) -> list[RestorePoint]:
     if len(uuids) > 1 and vm not in uuids:
         raise PointAmbiguous(f"several VMs are called {vm!r}: {', '.join(sorted(uuids))}", hint="give the VM's uuid")
     return found
+
+
+def _check_size(point_id: PointId, size_bytes: int) -> None:
+    if size_bytes > OBJECT_SIZE_MAX:
+        raise ManifestCorrupt(
+            f"restore point {point_id[:12]} has {size_bytes} bytes, more than the {OBJECT_SIZE_MAX} allowed"
+        )
 
 
 def _find_by_time(points: Sequence[RestorePoint], vm: str, when: str) -> RestorePoint:

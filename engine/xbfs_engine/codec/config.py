@@ -1,7 +1,8 @@
 """The repository's config: its parameters, its public keys by epoch, and its private keys sealed per role. Pure.
 
 Owns the record under ``config/<generation>``. It is signed, and believed only if the signature holds with the key that
-the *key slot* brings: whoever can write to the storage can not swap a public key that backups are sealed to.
+the *key slot* brings and whose private half only owners hold: neither whoever can write to the storage nor a node can
+swap a public key that backups are sealed to.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ CONFIG_SIZE_MAX: Final = 512 * KIB
 _SIGNED: Final = b"xbfs config v1\0"
 _SEALED: Final = b"xbfs keyring v1\0"
 _NONCE_SIZE: Final = 12
+_EXCHANGED: Final = (
+    "the config or the key slot was damaged or exchanged: restore config/ and keys/ from a copy of the repository, and "
+    "do not back up to it before"
+)
 _CHUNK_SIZE_MIN: Final = 64 * KIB
 _PACK_TARGET_MIN: Final = 1 * MIB
 _PACK_TARGET_MAX: Final = PACK_SIZE_MAX // 2
@@ -106,6 +111,7 @@ class Config:
     parameters: Parameters
     epochs: tuple[PublicEpoch, ...]
     signing_public: bytes
+    config_public: bytes
     keyring_owner: bytes = field(repr=False)
     keyring_node: bytes = field(repr=False)
 
@@ -128,20 +134,19 @@ class SignedConfig(NamedTuple):
     def verify(self, contents: SlotContents, generation: int) -> Config:
         """Check the config against what an opened key slot vouches for; ``generation`` is from its blob's name.
 
-        Raises ConfigDamaged, RepositoryRolledBack, FormatTooNew.
+        Raises ConfigDamaged, also where slot and config are of different repositories; RepositoryRolledBack where they
+        are of one and the slot has seen a later or another config; FormatTooNew.
         """
         what = f"config {generation}"
         try:
-            Ed25519PublicKey.from_public_bytes(contents.signing_public).verify(self.signature, _SIGNED + self.body)
+            Ed25519PublicKey.from_public_bytes(contents.config_public).verify(self.signature, _SIGNED + self.body)
         except (InvalidSignature, ValueError) as exc:
             raise ConfigDamaged(
-                f"{what} is not signed with the key that the key slot vouches for",
-                hint="the config or the key slot was damaged or exchanged: restore config/ and keys/ from a copy of "
-                "the repository, and do not back up to it before",
+                f"{what} is not signed with the key that the key slot vouches for", hint=_EXCHANGED
             ) from exc
         config = _decode_body(self.body, what)
-        if config.repository_id != contents.repository_id or config.signing_public != contents.signing_public:
-            raise RepositoryRolledBack(f"{what} belongs to another repository than the key slot")
+        if config.repository_id != contents.repository_id or config.config_public != contents.config_public:
+            raise ConfigDamaged(f"{what} belongs to another repository than the key slot", hint=_EXCHANGED)
         if config.generation != generation:
             raise RepositoryRolledBack(f"{what} holds generation {config.generation}: a copy under another name")
         if generation < contents.generation:
@@ -153,14 +158,16 @@ class SignedConfig(NamedTuple):
 
 def new_keys(random: RandomSource) -> KeySet:
     """All keys of a new repository, at epoch 1."""
-    signing = Ed25519PrivateKey.from_private_bytes(random.token(KEY_SIZE))
+    signing, config = random.token(KEY_SIZE), random.token(KEY_SIZE)
     return KeySet(
         repository_id=random.token(REPOSITORY_ID_SIZE),
         role=Role.OWNER,
         chunk_id_key=random.token(KEY_SIZE),
         epochs=(Epoch(1, _pair(random.token(KEY_SIZE)), _pair(random.token(KEY_SIZE))),),
-        signing_public=signing.public_key().public_bytes_raw(),
-        signing_private=signing.private_bytes_raw(),
+        signing_public=_signer(signing),
+        signing_private=signing,
+        config_public=_signer(config),
+        config_private=config,
     )
 
 
@@ -174,9 +181,10 @@ def sign_config(
     created_ns: int,
     random: RandomSource,
 ) -> SignedConfig:
-    """The config of a repository with these keys, which must be all of them; master keys are 32 bytes."""
+    """The config of a repository with these keys, which must be an owner's; master keys are 32 bytes."""
+    assert keys.config_private is not None
     assert keys.signing_private is not None
-    owner: dict[str, Value] = {"data": _privates(keys, data=True)}
+    owner: dict[str, Value] = {"config": keys.config_private, "data": _privates(keys, data=True)}
     node: dict[str, Value] = {
         "chunk_id_key": keys.chunk_id_key,
         "metadata": _privates(keys, data=False),
@@ -204,10 +212,11 @@ def sign_config(
                 for epoch in keys.epochs
             ],
             "signing_public": keys.signing_public,
+            "config_public": keys.config_public,
             "keyring": {"owner": seal(owner_key, Role.OWNER, owner), "node": seal(node_key, Role.NODE, node)},
         }
     )
-    signature = Ed25519PrivateKey.from_private_bytes(keys.signing_private).sign(_SIGNED + body)
+    signature = Ed25519PrivateKey.from_private_bytes(keys.config_private).sign(_SIGNED + body)
     return SignedConfig(body, signature)
 
 
@@ -228,13 +237,14 @@ def open_keys(config: Config, contents: SlotContents) -> KeySet:
     what = f"config {config.generation}"
     node = _open_ring(config.keyring_node, contents.node_key, config, Role.NODE)
     data: dict[int, bytes] = {}
+    config_private: bytes | None = None
     try:
         chunk_id_key, signing = node.raw("chunk_id_key", KEY_SIZE), node.raw("signing", KEY_SIZE)
         metadata = _take_privates(node, "metadata")
         node.done()
         if contents.owner_key is not None:
             owner = _open_ring(config.keyring_owner, contents.owner_key, config, Role.OWNER)
-            data = _take_privates(owner, "data")
+            config_private, data = owner.raw("config", KEY_SIZE), _take_privates(owner, "data")
             owner.done()
     except WireError as exc:
         raise ConfigDamaged(f"{what} is damaged: {exc.message}") from exc
@@ -249,9 +259,20 @@ def open_keys(config: Config, contents: SlotContents) -> KeySet:
     held = [epoch.metadata for epoch in epochs] + [epoch.data for epoch in epochs if contents.role is Role.OWNER]
     if any(pair.private is None or _pair(pair.private) != pair for pair in held):
         raise ConfigDamaged(f"{what}: a public key is not that of the private key in the keyring")
-    if Ed25519PrivateKey.from_private_bytes(signing).public_key().public_bytes_raw() != config.signing_public:
+    if _signer(signing) != config.signing_public:
         raise ConfigDamaged(f"{what}: the signing key is not that of the keyring")
-    return KeySet(config.repository_id, contents.role, chunk_id_key, epochs, config.signing_public, signing)
+    if config_private is not None and _signer(config_private) != config.config_public:
+        raise ConfigDamaged(f"{what}: the config key is not that of the keyring")
+    return KeySet(
+        repository_id=config.repository_id,
+        role=contents.role,
+        chunk_id_key=chunk_id_key,
+        epochs=epochs,
+        signing_public=config.signing_public,
+        signing_private=signing,
+        config_public=config.config_public,
+        config_private=config_private,
+    )
 
 
 def _decode_body(body: bytes, what: str) -> Config:
@@ -265,6 +286,7 @@ def _decode_body(body: bytes, what: str) -> Config:
             parameters=_take_parameters(record.record("parameters"), what),
             epochs=tuple(_take_epoch(item) for item in record.records("epochs", EPOCHS_MAX)),
             signing_public=record.raw("signing_public", KEY_SIZE),
+            config_public=record.raw("config_public", KEY_SIZE),
             keyring_owner=ring.raw("owner"),
             keyring_node=ring.raw("node"),
         )
@@ -325,3 +347,8 @@ def _take_privates(record: Record, key: str) -> dict[int, bytes]:
 
 def _pair(private: bytes) -> KeyPair:
     return KeyPair(X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw(), private)
+
+
+def _signer(private: bytes) -> bytes:
+    """The Ed25519 public key of a private one."""
+    return Ed25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()

@@ -3,6 +3,8 @@
 - chunk-id key: keyed hashes of chunks and nodes; one for the life of the repository, else nothing would deduplicate.
 - per epoch: a data pair and a metadata pair (X25519 for HPKE). A *node* lacks the data private key.
 - signing pair (Ed25519) of whoever writes manifests.
+- config pair (Ed25519) of whoever writes the config. A *node* lacks the private key: it can not name public keys that
+  others would seal to.
 """
 
 from __future__ import annotations
@@ -58,6 +60,8 @@ class KeySet:
     epochs: tuple[Epoch, ...]
     signing_public: bytes
     signing_private: bytes | None = field(repr=False)
+    config_public: bytes
+    config_private: bytes | None = field(repr=False)
 
     @property
     def current(self) -> Epoch:

@@ -1,7 +1,8 @@
 """Key slots: the repository's master keys, each copy wrapped under one secret. Pure; ``store.repository`` keeps them.
 
 Owns the record under ``keys/<slot id>`` and the way from a secret to the keys in it. A slot's fields are public but
-bound to what is sealed; what is sealed also says which repository and which config the slot vouches for.
+bound to what is sealed; what is sealed also says which repository, which signer of configs and which config the slot
+vouches for.
 """
 
 from __future__ import annotations
@@ -77,14 +78,14 @@ class KdfParameters:
 class SlotContents:
     """What a slot unwraps: master keys, and what the slot vouches for.
 
-    ``owner_key`` is None in a node's slot. ``config_digest`` is the digest of the config body at ``generation``, the
-    newest when the slot was made.
+    ``owner_key`` is None in a node's slot. ``config_public`` is the Ed25519 key that configs are signed with.
+    ``config_digest`` is the digest of the config body at ``generation``, the newest when the slot was made.
     """
 
     repository_id: bytes
     owner_key: bytes | None = field(repr=False)
     node_key: bytes = field(repr=False)
-    signing_public: bytes
+    config_public: bytes
     generation: int
     config_digest: bytes
 
@@ -243,7 +244,7 @@ def _encode_contents(contents: SlotContents) -> bytes:
             "repository_id": contents.repository_id,
             "owner_key": contents.owner_key,
             "node_key": contents.node_key,
-            "signing_public": contents.signing_public,
+            "config_public": contents.config_public,
             "generation": contents.generation,
             "config_digest": contents.config_digest,
         }
@@ -257,7 +258,7 @@ def _decode_contents(plain: bytes, name: str) -> SlotContents:
             repository_id=record.raw("repository_id", REPOSITORY_ID_SIZE),
             owner_key=record.raw("owner_key", MASTER_KEY_SIZE) if record.optional("owner_key") else None,
             node_key=record.raw("node_key", MASTER_KEY_SIZE),
-            signing_public=record.raw("signing_public", 32),
+            config_public=record.raw("config_public", 32),
             generation=record.integer("generation", 1, GENERATION_MAX),
             config_digest=record.raw("config_digest", DIGEST_SIZE),
         )

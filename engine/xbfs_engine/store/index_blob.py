@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from xbfs_engine.codec.envelope import KEY_SIZE, ObjectKind, open_object, seal_object
 from xbfs_engine.core.errors import IndexCorrupt, IntegrityError
 from xbfs_engine.core.ids import ID_SIZE, BlobHash
-from xbfs_engine.core.limits import PACK_ENTRIES_MAX, PACK_SIZE_MAX
+from xbfs_engine.core.limits import OBJECT_SIZE_MAX, PACK_ENTRIES_MAX, PACK_SIZE_MAX
 from xbfs_engine.store.pack import blob_hash
 from xbfs_engine.store.packer import SealedPack
 
@@ -46,7 +46,10 @@ def put_index(storage: Storage, keys: KeySet, random: RandomSource, packs: Seque
 def get_index(storage: Storage, keys: KeySet, name: BlobHash) -> list[SealedPack]:
     """Read an index blob. Raises IndexCorrupt, FormatTooNew, StorageError."""
     what = f"index {name.hex()[:16]}"
-    blob = storage.get(PREFIX + name.hex())
+    size = storage.size(PREFIX + name.hex())
+    if size > OBJECT_SIZE_MAX:
+        raise IndexCorrupt(f"{what} has {size} bytes, more than the {OBJECT_SIZE_MAX} allowed")
+    blob = storage.read(PREFIX + name.hex(), 0, size)
     if blob_hash(blob) != name:
         raise IndexCorrupt(f"{what}: its bytes do not have its name")
     try:

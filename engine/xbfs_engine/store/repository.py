@@ -179,7 +179,7 @@ def create_repository(
         created_ns=runtime.clock.now_ns(),
         random=runtime.random,
     )
-    contents = SlotContents(keys.repository_id, owner_key, node_key, keys.signing_public, 1, config.digest)
+    contents = SlotContents(keys.repository_id, owner_key, node_key, keys.config_public, 1, config.digest)
     repository = Repository(storage, runtime, keys, parameters, contents)
     slot = repository.add_slot(passphrase, role=Role.OWNER, label=label, kdf=kdf)
     recovery = repository.add_recovery_slot(role=Role.OWNER, label="recovery code", kdf=kdf)
@@ -190,15 +190,30 @@ def create_repository(
 def open_repository(storage: Storage, runtime: Runtime, secret: str) -> Repository:
     """Open a repository with a passphrase or a recovery code.
 
-    Raises NotARepository, FormatTooNew and ConfigDamaged before any secret is tried; then WrongPassphrase,
-    KeySlotNotFound, KeySlotDamaged; then RepositoryRolledBack or ConfigDamaged if the config is not what the opened
-    slot vouches for; StorageError.
+    Raises NotARepository, FormatTooNew and ConfigDamaged before any secret is tried; then RepositoryRolledBack if a
+    slot that opens has seen a later or another config; ConfigDamaged or KeySlotDamaged, the first met, if slots open
+    but none fits the config; else WrongPassphrase, KeySlotNotFound, or KeySlotDamaged and FormatTooNew if no slot can
+    be read; StorageError.
     """
     generation, signed = _read_config(storage)
-    contents = _unlock(_read_slots(storage), secret, storage.location())
-    config = signed.verify(contents, generation)
-    current = replace(contents, generation=generation, config_digest=signed.digest)
-    return Repository(storage, runtime, open_keys(config, contents), config.parameters, current)
+    slots = _read_slots(storage)
+    tries, mistyped = _tries(slots.intact, secret)
+    problem: XbfsError | None = None
+    for stored, key in tries:
+        try:
+            contents = stored.open(key)
+            if contents is None:
+                continue
+            config = signed.verify(contents, generation)
+            keys = open_keys(config, contents)
+        except (KeySlotDamaged, ConfigDamaged) as exc:
+            # Perhaps a slot of another repository with the same secret. What RepositoryRolledBack tells is certain,
+            # and an older slot, which can not know it, must not overrule it.
+            problem = problem or exc
+        else:
+            current = replace(contents, generation=generation, config_digest=signed.digest)
+            return Repository(storage, runtime, keys, config.parameters, current)
+    raise problem or _why_locked(slots, mistyped, storage.location())
 
 
 class _Slots(NamedTuple):
@@ -250,41 +265,41 @@ def _read_slot(storage: Storage, slot_id: str, info: BlobInfo) -> StoredSlot:
     return decode_slot(storage.read(info.name, 0, info.size_bytes), slot_id)
 
 
-def _unlock(slots: _Slots, secret: str, where: str) -> SlotContents:
-    """The contents of the first slot that the secret opens."""
-    if not slots.intact and not slots.unreadable:
-        raise KeySlotNotFound(
+def _tries(slots: Sequence[StoredSlot], secret: str) -> tuple[list[tuple[StoredSlot, bytes]], WrongPassphrase | None]:
+    """The slots to try, each with what the secret is to it; and how it is no recovery code though it looks like one."""
+    tries = [(stored, passphrase_secret(secret)) for stored in slots if stored.slot.kind is SlotKind.PASSPHRASE]
+    if not looks_like_code(secret):
+        return tries, None
+    try:
+        code = parse_code(secret)
+    except WrongPassphrase as exc:
+        return tries, exc
+    return tries + [(stored, code) for stored in slots if stored.slot.kind is SlotKind.RECOVERY], None
+
+
+def _why_locked(slots: _Slots, mistyped: WrongPassphrase | None, where: str) -> XbfsError:
+    """Why no slot opens."""
+    unreadable = list(slots.unreadable.values())
+    count = len(slots.intact) + len(unreadable)
+    if not count:
+        return KeySlotNotFound(
             f"{where} has no key slots", hint="restore keys/ from a copy of the repository, or from an exported slot"
         )
-    tries = [(stored, passphrase_secret(secret)) for stored in slots.intact if stored.slot.kind is SlotKind.PASSPHRASE]
-    mistyped: WrongPassphrase | None = None
-    if looks_like_code(secret):
-        try:
-            code = parse_code(secret)
-            tries += [(stored, code) for stored in slots.intact if stored.slot.kind is SlotKind.RECOVERY]
-        except WrongPassphrase as exc:
-            mistyped = exc
-    unreadable = list(slots.unreadable.values())
-    for stored, key in tries:
-        try:
-            contents = stored.open(key)
-        except KeySlotDamaged as exc:
-            unreadable.append(exc)
-        else:
-            if contents is not None:
-                return contents
-    raise _why_locked(mistyped, unreadable, len(slots.intact) + len(slots.unreadable), where)
-
-
-def _why_locked(mistyped: WrongPassphrase | None, unreadable: Sequence[XbfsError], count: int, where: str) -> XbfsError:
     if mistyped is not None:
         return mistyped
+    problems = f"{len(unreadable)} of {count} can not be read: {'; '.join(exc.message for exc in unreadable)}"
+    if not slots.intact:
+        damaged = any(isinstance(exc, KeySlotDamaged) for exc in unreadable)
+        return (KeySlotDamaged if damaged else FormatTooNew)(f"no key slot of {where} opens; {problems}")
+    message = f"none of the {len(slots.intact)} readable key slots of {where} opens with this secret"
     if not unreadable:
-        return WrongPassphrase(f"none of the {count} key slots of {where} opens with this secret")
-    problems = "; ".join(problem.message for problem in unreadable)
-    message = f"no key slot of {where} opens; {len(unreadable)} of {count} can not be read: {problems}"
-    damaged = any(isinstance(problem, KeySlotDamaged) for problem in unreadable)
-    return KeySlotDamaged(message) if damaged else FormatTooNew(message)
+        return WrongPassphrase(message)
+    advice = "; ".join(dict.fromkeys(exc.hint for exc in unreadable))
+    return WrongPassphrase(
+        f"{message}; {problems}",
+        hint=f"try again; if the secret is right, its key slot may be among the {len(unreadable)} that can not be "
+        f"read: {advice}",
+    )
 
 
 def _refuse_used(storage: Storage) -> None:
@@ -312,7 +327,7 @@ def _commit(storage: Storage, blob: bytes, slots: Sequence[Slot]) -> None:
     try:
         storage.put(name, [blob])
     except BlobExists as exc:
-        if storage.get(name) == blob:
+        if storage.size(name) == len(blob) and storage.read(name, 0, len(blob)) == blob:
             return  # our own put, repeated after its answer was lost
         for slot in slots:
             with suppress(StorageError):
