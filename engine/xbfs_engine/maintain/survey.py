@@ -147,8 +147,8 @@ class Survey:
     def _check_configs(self) -> None:
         """Every generation is signed by this repository's key and lies under its own number."""
         keys = self._repository.keys
-        # Generation 0 vouches for no config in particular, only for the signer and the repository.
-        vouched = SlotContents(keys.repository_id, None, b"", keys.signing_public, 0, b"")
+        # Generation 0 vouches for no config in particular, only for the signer of configs and the repository.
+        vouched = SlotContents(keys.repository_id, None, b"", keys.config_public, 0, b"")
         good = 0
         for blob in self._storage.list_blobs(CONFIGS):
             match = _NAMES["config"].fullmatch(blob.name)
