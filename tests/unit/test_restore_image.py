@@ -246,6 +246,35 @@ def test_cancelling_leaves_nothing(engine: Engine, point: RestorePoint, target: 
     assert list(target.parent.iterdir()) == []
 
 
+def test_cancelling_stops_the_work_soon(engine: Engine, target: Path) -> None:
+    """Ten batches; the first read of a chunk hangs until the task is cancelled."""
+    point = engine.backup(b"".join(pattern(number, 64) * (CHUNK // 64) for number in range(320)))
+    disk = point.disks[0]
+    layout = image_layout(point, disk, ImageFormat.RAW)
+    whole = FaultyStorage(engine.storage)
+    export(Engine(whole, target.parent.parent / "whole", clock=engine.clock), point, target, threads=1)
+    target.unlink()
+    slow = FaultyStorage(engine.storage)
+    late = Engine(slow, target.parent.parent / "late", clock=engine.clock)
+    before = slow.counts[Kind.READ]
+    slow._script = (Fault(Mode.HANG, Kind.READ, nth=before + 4),)
+
+    async def run() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: export_image(late.repository, point, disk, layout, target, threads=1))
+            await trio.to_thread.run_sync(slow.hanging.wait)
+            nursery.cancel_scope.cancel()
+            # The workers hear of it before the read that hangs comes back.
+            with trio.CancelScope(shield=True):
+                await trio.sleep(0.05)
+            slow.release()
+
+    trio.run(run)
+    assert slow.injected
+    assert slow.counts[Kind.READ] < whole.counts[Kind.READ] - 5
+    assert list(target.parent.iterdir()) == []
+
+
 def test_a_stream_to_a_reader_that_stalls_can_be_cancelled(engine: Engine, point: RestorePoint) -> None:
     reading, writing = os.pipe()
     disk = point.disks[0]

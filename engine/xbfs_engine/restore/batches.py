@@ -64,8 +64,7 @@ def _parts(layout: Layout, blockmap: BlockMap, chunk_size: int) -> Iterator[Chun
     at = 0
     for segment in layout.segments(0, layout.size_bytes):
         if isinstance(segment, Literal):
-            if segment.data.count(0) < len(segment.data):
-                yield LiteralPart(at, segment.data)
+            yield LiteralPart(at, segment.data)
             at += len(segment.data)
         else:
             if isinstance(segment, DiskExtent):
