@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from xbfs import __version__
 from xbfs.cli import tasks, text
-from xbfs.cli.context import catalog_of, index_of, repository_of
+from xbfs.cli.context import catalog_of, index_of, point_of, repository_of
 from xbfs.cli.describe import disk_lines, point_record, source_bytes
 from xbfs.cli.points import ID_DIGITS
 from xbfs.cli.progress import ProgressLine
@@ -170,7 +170,7 @@ def _find_vm(catalog: Catalog, repository_id: uuid.UUID, name: str, arguments: a
         vm_uuid = known[0] if known else str(uuid.uuid5(repository_id, f"vm {name}"))
     if arguments.new_chain:
         return Vm(name, vm_uuid, None)
-    base = catalog.latest(vm_uuid) if arguments.base is None else catalog.find(arguments.base)
+    base = catalog.latest(vm_uuid) if arguments.base is None else point_of(catalog, arguments.base)
     return Vm(name, vm_uuid, base)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -75,6 +76,16 @@ def cache_directory(repository: Repository) -> Path:
             hint="set XBFS_CACHE to a directory that can be written; it holds nothing that can not be rebuilt",
         ) from exc
     return directory
+
+
+def point_of(catalog: Catalog, text: str) -> RestorePoint:
+    """The point that ``text`` names: as ``Catalog.find`` takes it, or a path in a mount of this repository."""
+    if "/" in text:
+        path = Path(text).absolute()
+        for place in (path, *path.parents):
+            with suppress(OSError):
+                return catalog.find(os.getxattr(place, "user.xbfs.point").decode())
+    return catalog.find(text)
 
 
 def disk_of(point: RestorePoint, number: int | None) -> DiskRecord:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from xbfs.cli import text
-from xbfs.cli.context import catalog_of, disk_of, index_of, repository_of
+from xbfs.cli.context import catalog_of, disk_of, index_of, point_of, repository_of
 from xbfs_engine.catalog.blockmap import BlockMap, NodeStore, differing_chunks
 from xbfs_engine.core.errors import UsageError
 from xbfs_engine.store.reader import ChunkReader
@@ -57,7 +57,7 @@ def diff(arguments: argparse.Namespace, output: Output) -> None:
     """List what differs; memory does not grow with the difference."""
     repository = repository_of(arguments)
     catalog = catalog_of(repository, output)
-    old_point, new_point = catalog.find(arguments.a), catalog.find(arguments.b)
+    old_point, new_point = point_of(catalog, arguments.a), point_of(catalog, arguments.b)
     new = disk_of(new_point, arguments.disk)
     old = disk_of(old_point, new.number)
     if old.chunk_size != new.chunk_size:

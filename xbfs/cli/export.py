@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xbfs.cli import tasks, text
-from xbfs.cli.context import catalog_of, disk_of, index_of, repository_of
+from xbfs.cli.context import catalog_of, disk_of, index_of, point_of, repository_of
 from xbfs.cli.points import ID_DIGITS
 from xbfs.cli.progress import ProgressLine
 from xbfs_engine.core.errors import UsageError
@@ -29,7 +29,7 @@ def export(arguments: argparse.Namespace, output: Output) -> None:
     if to_stdout:
         _take_stdout(output)
     repository = repository_of(arguments)
-    point = catalog_of(repository, output).find(arguments.point)
+    point = point_of(catalog_of(repository, output), arguments.point)
     disk = disk_of(point, arguments.disk)
     image_format = ImageFormat(arguments.format)
     layout = image_layout(point, disk, image_format)

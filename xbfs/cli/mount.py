@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from xbfs.cli.context import cache_directory, catalog_of, index_of, repository_of, storage_of
 from xbfs.fuse import mountpoint
+from xbfs_engine.core.errors import NotMounted
 
 if TYPE_CHECKING:
     import argparse
@@ -52,6 +53,9 @@ def mount(arguments: argparse.Namespace, output: Output) -> None:
 def umount(arguments: argparse.Namespace, output: Output) -> None:
     """Unmount."""
     directory = Path(arguments.directory)
-    mountpoint.umount(directory)
+    try:
+        mountpoint.umount(directory)
+    except NotMounted as exc:
+        raise NotMounted(exc.message, hint=f"`findmnt -t {mountpoint.FILESYSTEM}` lists what is mounted") from exc
     output.result({"mount_point": str(directory)})
     output.say(f"unmounted {directory}")

@@ -6,6 +6,7 @@ exactly one JSON object, also for an error ({"error": {...}} beside what is know
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import sys
@@ -82,13 +83,13 @@ class Output:
         head = dict(self._record, **{name: []})
         self._record = {}
         if self.json:
-            self._write(json.dumps(head)[:-2])
+            self._write(_to_json(head)[:-2])
             self._streaming = True
         separator = ""
         try:
             for item in items:
                 if self.json:
-                    self._write(separator + json.dumps(item))
+                    self._write(separator + _to_json(item))
                     separator = ", "
         finally:
             if self.json:
@@ -159,7 +160,7 @@ class Output:
     def _write_record(self) -> None:
         if self._warnings:
             self._record["warnings"] = self._warnings
-        text = json.dumps(self._record)
+        text = _to_json(self._record)
         if self._streaming:
             text = ", " + text[1:] if self._record else "}"
         self._write(text + "\n")
@@ -178,6 +179,16 @@ class Output:
             print(printable(text), file=sys.stderr, flush=True)
         else:
             self._write(printable(text) + "\n")
+
+
+def _to_json(record: Mapping[str, object]) -> str:
+    """Bytes, which a captured VM record may hold, appear as base64."""
+    return json.dumps(record, default=_plain)
+
+
+def _plain(value: object) -> str:
+    assert isinstance(value, bytes)
+    return base64.b64encode(value).decode()
 
 
 @contextmanager

@@ -20,7 +20,8 @@ The repository is named by -r or XBFS_REPOSITORY; its passphrase comes from XBFS
 XBFS_PASSPHRASE_FILE names, or is asked for. A recovery code does instead of the passphrase. The cache, which may be
 deleted at any time, is kept in XBFS_CACHE, else in ~/.cache/xbfs.
 
-A POINT is the first digits of an id, VM@latest, or VM@TIME: the last point at or before that time (ISO 8601)."""
+A POINT is the first digits of an id, VM@latest, VM@TIME (the last point at or before that time, ISO 8601), or a path in
+a mount of the repository."""
 
 _FIRST_STEPS: Final = (
     "xbfs init -r /srv/xbfs",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from xbfs.cli import text
-from xbfs.cli.context import catalog_of, repository_of
+from xbfs.cli.context import catalog_of, point_of, repository_of
 from xbfs.cli.describe import disk_lines, methods, point_record, source_bytes
 from xbfs_engine.catalog.catalog import points_of
 
@@ -47,7 +47,7 @@ def points(arguments: argparse.Namespace, output: Output) -> None:
 
 def show(arguments: argparse.Namespace, output: Output) -> None:
     """Tell all that is known of a restore point."""
-    point = catalog_of(repository_of(arguments), output).find(arguments.point)
+    point = point_of(catalog_of(repository_of(arguments), output), arguments.point)
     run = point.run
     output.result(point_record(point) | {"vm": point.vm})
     output.say(f"restore point {point.id}")
