@@ -113,10 +113,20 @@ class Engine:
     def __init__(self, storage: Storage, cache: Path, *, clock: FixedClock | None = None) -> None:
         self.clock = clock or FixedClock()
         # Pack keys must differ between engines, as those of processes do.
-        self.repository: Repository = open_repository(storage, Runtime(self.clock, SystemRandom()), PASSPHRASE)
-        self.storage = storage
-        self.catalog = Catalog(self.repository)
-        self.index = ChunkIndex(storage, self.repository.keys, cache)
+        self._use(open_repository(storage, Runtime(self.clock, SystemRandom()), PASSPHRASE), cache)
+
+    @classmethod
+    def of(cls, repository: Repository, cache: Path) -> Engine:
+        """On a repository that was opened otherwise."""
+        engine = cls.__new__(cls)
+        engine._use(repository, cache)
+        return engine
+
+    def _use(self, repository: Repository, cache: Path) -> None:
+        self.repository = repository
+        self.storage = repository.storage
+        self.catalog = Catalog(repository)
+        self.index = ChunkIndex(repository.storage, repository.keys, cache)
 
     @classmethod
     def fresh(cls, cache: Path, storage: Storage | None = None) -> Engine:
