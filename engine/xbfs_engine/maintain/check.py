@@ -30,8 +30,8 @@ def check(
 
     Heap: 54 bytes a pack, 64 bytes an index blob, a bit a block map node, every manifest (as the catalog keeps them),
     two decoded index blobs (4 MiB each, at most 64), 10 MiB of references, 48 MiB of caches, and for every damaged pack
-    some 300 bytes: nothing by chunk. For 10^9 chunks in 10^6 packs that adds up to some 150 MiB (computed). Where hints are stale, 24 bytes of
-    temporary disk a chunk.
+    some 300 bytes: nothing by chunk. For 10^9 chunks in 10^6 packs that adds up to some 150 MiB (computed). Where hints
+    are stale, 24 bytes of temporary disk a chunk.
 
     Raises Cancelled; StorageError if the storage as a whole fails.
     """
