@@ -83,8 +83,13 @@ def image(arguments: argparse.Namespace, output: Output) -> None:
             note = f"bottleneck {now.bottleneck}" if now.bottleneck else ""
             progress.update(f"disk {now.disk}", now.read.source_bytes, now.planned_bytes, note=note)
 
-        run = BackupRun(repository, catalog, index_of(repository), request, report)
-        point = tasks.run(run.run)
+        index = index_of(repository)
+        point = tasks.run(BackupRun(repository, catalog, index, request, report).run)
+    if index.lost:
+        output.warn(
+            f"the repository has lost {text.count(len(index.lost), 'pack')}: nothing was deduplicated against them",
+            "run `xbfs verify` to see which points are hit; a backup without --changed stores again what it reads",
+        )
     _tell(point, last, output)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from xbfs_engine.catalog.blockmap import MapRoot
 from xbfs_engine.catalog.node import SAME_PACK, fanout, node_plaintext, top_level
+from xbfs_engine.core.errors import IntegrityError
 from xbfs_engine.core.ids import ChunkRef
 from xbfs_engine.core.limits import NODE_FANOUT
 from xbfs_engine.store.metadata import metadata_body
@@ -178,7 +179,14 @@ class MapWriter:
         if level > 0 and (node := self._open.get(level)) is not None and node.index == index:
             return node.base
         ref = self._base_ref(level, index)
-        return None if ref is None else self._nodes.get(ref, level)
+        if ref is None:
+            return None
+        try:
+            return self._nodes.get(ref, level)
+        except IntegrityError:
+            if self._carry:
+                raise
+            return None  # a full read needs no base: it writes anew what is damaged
 
 
 def _known(ref: ChunkRef) -> Child:

@@ -116,13 +116,13 @@ class Worker:
     def _unchanged(
         self, ids: list[tuple[int, bytes]], base: Node | None, children: list[Child | None], lengths: dict[int, int]
     ) -> list[tuple[int, bytes]]:
-        """Settle the chunks that the base has at the same place; returns the others."""
+        """Settle the chunks that the base has at the same place, in a pack that is there; returns the others."""
         for slot in lengths:
             children[slot] = None
         unknown: list[tuple[int, bytes]] = []
         for slot, chunk_id in ids:
             ref = None if base is None else base.child(slot)
-            if ref is not None and ref.id == chunk_id:
+            if ref is not None and ref.id == chunk_id and self._session.holds(ref.pack):
                 children[slot] = (chunk_id, Place(ref.pack, ref.ordinal))
                 self.counters.unchanged += lengths[slot]
             else:

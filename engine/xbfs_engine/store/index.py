@@ -22,6 +22,7 @@ from xbfs_engine.core.log import Logger
 from xbfs_engine.storage.files import storage_error, write_replace
 from xbfs_engine.store.index_blob import PREFIX, get_index
 from xbfs_engine.store.index_run import Run, encode_run, merged, run_file_name, run_of
+from xbfs_engine.store.pack import PACK_FOLDERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -38,6 +39,8 @@ BUILD_ENTRIES = 2 * 1024 * 1024
 
 _NAME = re.compile(re.escape(PREFIX) + r"([0-9a-f]{64})")
 
+_PACK_NAME = re.compile(r"(?:data|meta)/[0-9a-f]{2}/([0-9a-f]{64})")
+
 _log = Logger("xbfs.index")
 
 
@@ -51,13 +54,19 @@ class ChunkIndex:
         self._runs: tuple[Run, ...] = ()
         self._lock = threading.Lock()
         self._skipped: set[BlobHash] = set()
+        self._present: set[BlobHash] = set()
+        self.lost: tuple[BlobHash, ...] = ()
 
     def refresh(self) -> None:
         """Take in index blobs written since, by anybody; drop what stands for blobs that are gone.
 
-        A damaged index blob is left out with a warning: it costs deduplication, never data. Raises StorageError.
+        Packs that an index blob lists but the storage does not are in ``lost`` from here on, and nothing is
+        deduplicated against them. A damaged index blob is left out with a warning: it costs deduplication, never data.
+        Raises StorageError.
         """
         with self._exclusive():
+            self._present = self._list_packs()
+            self.lost = ()
             named = (_NAME.fullmatch(blob.name) for blob in self._storage.list_blobs(PREFIX))
             listed = {BlobHash(bytes.fromhex(match[1])) for match in named if match}
             self._runs = self._cached_runs(listed)
@@ -67,7 +76,12 @@ class ChunkIndex:
     def add(self, source: BlobHash, packs: Sequence[SealedPack]) -> None:
         """Make the packs of an index blob that was just put findable."""
         with self._exclusive():
+            self._present.update(pack.pack for pack in packs)
             self._append([source], packs)
+
+    def holds(self, pack: BlobHash) -> bool:
+        """Whether the pack was on the storage at the last ``refresh``, or was added since."""
+        return pack in self._present
 
     def lookup(self, ids: Sequence[bytes]) -> list[Placement | None]:
         """The places of chunks or nodes, in one batch. Never raises for a missing cache."""
@@ -107,13 +121,25 @@ class ChunkIndex:
             finally:
                 os.close(folder)
 
+    def _list_packs(self) -> set[BlobHash]:
+        """Packs there are: 32 bytes and an object's overhead each, some 30 MiB for 10 TiB of stored data."""
+        named = (
+            _PACK_NAME.fullmatch(blob.name) for folder in PACK_FOLDERS for blob in self._storage.list_blobs(folder)
+        )
+        return {BlobHash(bytes.fromhex(match[1])) for match in named if match}
+
+    def _open(self, path: Path) -> Run:
+        run = Run(path)
+        self.lost = (*self.lost, *run.keep(self._present))
+        return run
+
     def _cached_runs(self, listed: set[BlobHash]) -> tuple[Run, ...]:
         runs: list[Run] = []
         known: set[BlobHash] = set()
         candidates = []
         for path in self._directory.glob("*.run"):
             try:
-                candidates.append(Run(path))
+                candidates.append(self._open(path))
             except XbfsError:
                 path.unlink(missing_ok=True)
         for run in sorted(candidates, key=lambda run: -len(run.sources)):
@@ -148,7 +174,7 @@ class ChunkIndex:
     def _append(self, sources: Sequence[BlobHash], packs: Sequence[SealedPack]) -> None:
         path = self._directory / run_file_name(sources)
         write_replace(path, encode_run(run_of(sources, packs)))
-        self._runs = (*self._runs, Run(path))
+        self._runs = (*self._runs, self._open(path))
         self._merge()
 
     def _merge(self) -> None:
@@ -163,6 +189,8 @@ class ChunkIndex:
             data = merged([run.data() for run in crowded])
             path = self._directory / run_file_name(data.sources)
             write_replace(path, encode_run(data))
-            self._runs = (*(run for run in self._runs if run not in crowded), Run(path))
+            merged_run = Run(path)
+            merged_run.keep(self._present)
+            self._runs = (*(run for run in self._runs if run not in crowded), merged_run)
             for run in crowded:
                 run.path.unlink(missing_ok=True)

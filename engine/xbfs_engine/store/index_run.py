@@ -25,7 +25,7 @@ from xbfs_engine.core.ids import ID_SIZE, BlobHash, Placement
 from xbfs_engine.store.pack import blob_hash
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -119,7 +119,7 @@ def run_file_name(sources: Sequence[BlobHash]) -> str:
 
 
 class Run:
-    """A run file, memory-mapped. Immutable; any thread may look up."""
+    """A run file, memory-mapped. Any thread may look up; ``keep`` is called before the run is shared."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -149,6 +149,7 @@ class Run:
         self._packs = parts[1].view("V32")
         self._buckets, self._high, self._low, self._place = (part.view("<u8") for part in parts[2:])
         self._shift = np.uint64(64 - bits)
+        self._there = b"\1" * packs
 
     def __len__(self) -> int:
         return len(self._high)
@@ -156,6 +157,12 @@ class Run:
     def data(self) -> RunData:
         """The whole content, for merging. A damaged entry stays one that matches no id."""
         return RunData(self.sources, self._packs, self._high, self._low ^ _mask(self._place), self._place)
+
+    def keep(self, present: Container[BlobHash]) -> list[BlobHash]:
+        """Answer from now on only with packs that are ``present``; returns those that are not."""
+        names = [BlobHash(self._packs[number].tobytes()) for number in range(len(self._packs))]
+        self._there = bytes(name in present for name in names)
+        return [name for name, there in zip(names, self._there, strict=True) if not there]
 
     def lookup(self, high: NDArray[np.uint64], low: NDArray[np.uint64], found: list[Placement | None]) -> None:
         """Fill ``found`` where this run knows (high[i], low[i]); entries already filled are left alone."""
@@ -170,7 +177,7 @@ class Run:
             places = self._place[here]
             hit = (self._high[here] == high[active]) & (self._low[here] == low[active] ^ _mask(places))
             for number, place in zip(active[hit].tolist(), places[hit].tolist(), strict=True):
-                if found[number] is None:
+                if found[number] is None and self._there[place >> 16]:
                     found[number] = Placement(BlobHash(self._packs[place >> 16].tobytes()), place & 0xFFFF)
             at[active] += 1
             active = active[~hit & (at[active] < end[active])]

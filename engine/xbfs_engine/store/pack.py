@@ -37,6 +37,7 @@ assert FOOTER.size == 16
 assert RECORD.itemsize == 48
 
 _FOLDERS = {ObjectKind.DATA_PACK: "data", ObjectKind.METADATA_PACK: "meta"}
+PACK_FOLDERS = tuple(f"{folder}/" for folder in _FOLDERS.values())
 _DIRECTORY_SIZE_MAX = DIRECTORY_HEAD.size + PACK_ENTRIES_MAX * (RECORD.itemsize + ID_SIZE) + TAG_SIZE
 
 

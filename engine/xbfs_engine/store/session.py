@@ -69,6 +69,10 @@ class WriteSession:
         """Places of chunks that earlier sessions, or earlier index blobs of this one, have written."""
         return self._index.lookup(ids)
 
+    def holds(self, pack: BlobHash) -> bool:
+        """Whether a pack that an earlier point refers to is still on the storage."""
+        return self._index.holds(pack)
+
     def claim(self, chunk_id: bytes, place: Place) -> Place:
         """Say that the caller is about to store a chunk at ``place``; returns the place of whoever said so first."""
         return self._recent.setdefault(chunk_id, place)
