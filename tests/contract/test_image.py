@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.disks import CHUNK, VHD_BLOCK, MemoryDisk, dynamic_vhd, fixed_vhd
+from tests.support.point_disks import point_disk
 from xbfs.view.synthetic import SyntheticImage
 from xbfs_engine.formats.raw import RawLayout
 
@@ -24,6 +25,7 @@ IMAGES: dict[str, Callable[[MemoryDisk], RandomAccess]] = {
     "raw": lambda disk: SyntheticImage(RawLayout(disk.size_bytes), disk),
     "dynamic VHD": dynamic_vhd,
     "fixed VHD": fixed_vhd,
+    "restore point": point_disk,
 }
 DISKS: dict[str, Callable[[], MemoryDisk]] = {
     "empty": lambda: MemoryDisk(0, {}),

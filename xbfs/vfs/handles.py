@@ -66,7 +66,7 @@ class ImageHandle:
 
     def _read_ahead(self, end: int) -> None:
         """Have pieces decoded up to a window beyond ``end``; the window grows as long as reads stay in order."""
-        if self._window == 0 or not end - NEAR_BYTES <= self._ahead_to <= end + WINDOW_MAX_BYTES:
+        if self._window == 0:
             self._window = WINDOW_MIN_BYTES
             self._ahead_to = end
         self._ahead_to = max(self._ahead_to, end)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from blake3 import blake3
 
+from xbfs.vfs.names import SECONDS_MAX
+
 if TYPE_CHECKING:
     from collections.abc import Container
 
@@ -69,7 +71,8 @@ def time_inode(seconds: int, code: int) -> int:
 
 def split_time(inode: int) -> Parts | None:
     """Seconds and code of an inode of ``at/``, else None."""
-    return split(inode & ~TIME_TAG) if inode & TIME_TAG else None
+    seconds, code = split(inode ^ TIME_TAG)
+    return Parts(seconds, code) if seconds <= SECONDS_MAX and code in (TIME_DIRECTORY, TIME_LINK) else None
 
 
 def image_code(disk_number: int, image_format: int) -> int:

@@ -92,8 +92,10 @@ class ReadPool:
             with trio.move_on_after(timeout_s):
                 with trio.move_on_after(GROW_AFTER_S):
                     await job.done.wait()
-                if not job.started:
-                    self._grow()
+                while not job.started:
+                    self._grow()  # for whoever is first in the queue: maybe not this one
+                    with trio.move_on_after(GROW_AFTER_S):
+                        await job.done.wait()
                 await job.done.wait()
         finally:
             job.abandoned = True

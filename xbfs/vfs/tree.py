@@ -145,7 +145,7 @@ class Tree:
             return inodes.ROOT
         if inode in self._live:
             return inodes.META
-        if inode & inodes.TIME_TAG:
+        if inodes.split_time(inode) is not None:
             return inodes.AT
         owner, code = inodes.split(inode)
         shown = self.points.owners.get(owner)
