@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import msgpack
 import pytest
+from blake3 import blake3
 
 from tests.support.repositories import (
     CONFIG,
@@ -242,7 +243,10 @@ def test_if_no_slot_can_be_read_it_is_not_the_passphrase(storage, made):
 def test_a_changed_slot_that_is_the_secret_s_is_not_taken_for_a_wrong_passphrase(storage, made):
     slot_id = slot_of(made.repository, SlotKind.PASSPHRASE)
     fields = msgpack.unpackb(storage.get(f"keys/{slot_id}"))
-    overwrite(storage, f"keys/{slot_id}", wire.encode(fields | {"label": "home"}))
+    forged = fields | {"label": "home"}
+    del forged["checksum"]
+    forged["checksum"] = blake3(wire.encode(forged)).digest()
+    overwrite(storage, f"keys/{slot_id}", wire.encode(forged))
     with pytest.raises(KeySlotDamaged, match=f"{slot_id} does not authenticate"):
         reopen(storage)
     with pytest.raises(WrongPassphrase, match="none of the 2"):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import msgpack
 import pytest
+from blake3 import blake3
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
@@ -55,6 +56,8 @@ def test_a_node_slot_holds_no_owner_key():
 
 def test_the_layout_opens_by_hand():
     fields = msgpack.unpackb(BLOB)
+    checksum = fields.pop("checksum")
+    assert checksum == blake3(msgpack.packb(dict(sorted(fields.items())))).digest()
     sealed = fields.pop("sealed")
     kdf = fields["kdf"]
     derived = Argon2id(
@@ -73,16 +76,12 @@ def test_the_layout_opens_by_hand():
 
 
 def test_every_byte_counts():
-    """A changed slot does not open: it is damaged, too new, or (salt, cost, commitment) no longer the secret's."""
-    outcomes = set()
+    """A changed slot is found damaged, or too new, without its secret."""
     for at in range(len(BLOB)):
         changed = bytearray(BLOB)
         changed[at] ^= 0x01
-        try:
-            outcomes.add(type(decode_slot(bytes(changed), SLOT.slot_id).open(SECRET)))
-        except (KeySlotDamaged, FormatTooNew) as exc:
-            outcomes.add(type(exc))
-    assert outcomes == {KeySlotDamaged, FormatTooNew, type(None)}
+        with pytest.raises((KeySlotDamaged, FormatTooNew)):
+            decode_slot(bytes(changed), SLOT.slot_id)
 
 
 def test_every_truncation_is_damage():
@@ -125,7 +124,8 @@ def altered(**changes: object) -> bytes:
             fields[key] = fields[key] | value
         else:
             fields[key] = value
-    return wire.encode(fields)
+    del fields["checksum"]
+    return wire.encode(fields | {"checksum": blake3(wire.encode(fields)).digest()})
 
 
 @pytest.mark.parametrize(

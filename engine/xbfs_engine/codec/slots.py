@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
+from blake3 import blake3
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.constant_time import bytes_eq
@@ -117,7 +118,14 @@ class StoredSlot:
 
     def encode(self) -> bytes:
         """The blob's bytes."""
-        return wire.encode(_public(self.slot) | {"sealed": self.sealed})
+        return wire.encode(self._fields() | {"checksum": self.checksum()})
+
+    def checksum(self) -> bytes:
+        """BLAKE3 of the record without it: tells damage from a wrong passphrase, and without any."""
+        return blake3(wire.encode(self._fields())).digest()
+
+    def _fields(self) -> dict[str, Value]:
+        return _public(self.slot) | {"sealed": self.sealed}
 
     def open(self, secret: bytes) -> SlotContents | None:
         """The keys, or None if ``secret`` is not this slot's. Takes the time and memory that its parameters ask for.
@@ -167,10 +175,13 @@ def decode_slot(blob: bytes, slot_id: str) -> StoredSlot:
     try:
         record = wire.decode(blob, name, size_max=SLOT_SIZE_MAX)
         record.version(VERSION)
+        checksum = record.raw("checksum", DIGEST_SIZE)
         stored = _take_slot(record, name)
         record.done()
     except (WireError, UsageError) as exc:
         raise KeySlotDamaged(f"{name} is damaged: {exc.message}") from exc
+    if stored.checksum() != checksum:
+        raise KeySlotDamaged(f"{name} is damaged: its checksum does not fit")
     if stored.slot.slot_id != slot_id:
         raise KeySlotDamaged(f"{name} is a copy of key slot {stored.slot.slot_id}")
     return stored
