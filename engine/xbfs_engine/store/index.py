@@ -65,10 +65,11 @@ class ChunkIndex:
         Raises StorageError.
         """
         with self._exclusive():
-            self._present = self._list_packs()
-            self.lost = ()
             named = (_NAME.fullmatch(blob.name) for blob in self._storage.list_blobs(PREFIX))
             listed = {BlobHash(bytes.fromhex(match[1])) for match in named if match}
+            # After the index blobs: another writer's packs are durable before a blob lists them.
+            self._present = self._list_packs()
+            self.lost = ()
             self._runs = self._cached_runs(listed)
             missing = listed - {source for run in self._runs for source in run.sources} - self._skipped
             self._catch_up(sorted(missing))

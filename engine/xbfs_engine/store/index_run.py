@@ -149,7 +149,7 @@ class Run:
         self._packs = parts[1].view("V32")
         self._buckets, self._high, self._low, self._place = (part.view("<u8") for part in parts[2:])
         self._shift = np.uint64(64 - bits)
-        self._there = b"\1" * packs
+        self._there = np.ones(packs, dtype=np.bool_)
 
     def __len__(self) -> int:
         return len(self._high)
@@ -161,7 +161,7 @@ class Run:
     def keep(self, present: Container[BlobHash]) -> list[BlobHash]:
         """Answer from now on only with packs that are ``present``; returns those that are not."""
         names = [BlobHash(self._packs[number].tobytes()) for number in range(len(self._packs))]
-        self._there = bytes(name in present for name in names)
+        self._there = np.array([name in present for name in names], dtype=np.bool_)
         return [name for name, there in zip(names, self._there, strict=True) if not there]
 
     def lookup(self, high: NDArray[np.uint64], low: NDArray[np.uint64], found: list[Placement | None]) -> None:
@@ -176,8 +176,9 @@ class Run:
             here = at[active]
             places = self._place[here]
             hit = (self._high[here] == high[active]) & (self._low[here] == low[active] ^ _mask(places))
+            hit[hit] = self._there[places[hit] >> np.uint64(16)]  # else another entry may name a pack that is there
             for number, place in zip(active[hit].tolist(), places[hit].tolist(), strict=True):
-                if found[number] is None and self._there[place >> 16]:
+                if found[number] is None:
                     found[number] = Placement(BlobHash(self._packs[place >> 16].tobytes()), place & 0xFFFF)
             at[active] += 1
             active = active[~hit & (at[active] < end[active])]
