@@ -26,7 +26,7 @@ Make guest disks to back up.
 
 Each makes CACHE/VARIANT/ with gen1.raw, gen2.raw (the same filesystem a day later), gen2.cbt (what changed, as XAPI's
 VDI.list_changed_blocks tells it), gen2.extents.json (the same as [[offset, length], ...] in bytes), manifest.json and,
-for full, clone.raw. What is there already is kept. On one system tiny and small are the same bytes each time; full is
+for full, clone.raw and clone.cbt. What is there already is kept. On one system tiny and small are the same bytes each time; full is
 not.
 
   sparse  scattered data without a filesystem, on a sparse disk of any size
@@ -116,9 +116,11 @@ def _small_guest(variant: guest.Variant, images: Path, work: Path) -> list[str]:
 
 
 def _describe(variant: str, images: Path, warnings: list[str]) -> None:
-    first, second = images / "gen1.raw", images / "gen2.raw"
+    first, second, clone = (images / f"{name}.raw" for name in ("gen1", "gen2", "clone"))
     for image in images.glob("*.raw"):
         ext4.check(image)
+    if clone.exists():
+        clone.with_suffix(".cbt").write_text(disk.cbt_bitmap(disk.changed_blocks(first, clone), clone.stat().st_size))
     size_bytes = second.stat().st_size
     blocks = disk.changed_blocks(first, second)
     (images / "gen2.cbt").write_text(disk.cbt_bitmap(blocks, size_bytes))
