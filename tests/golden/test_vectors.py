@@ -103,7 +103,7 @@ def test_nodes_decode_to_what_was_encoded() -> None:
 
 def test_the_directory_decodes_to_what_was_encoded() -> None:
     found = decode_directory(pinned("directory"), HEADER_SIZE + 1016 + 528, "vector")
-    assert (found.offsets, found.stored, found.raw) == ([128, 1144], [1016, 528], [65536, 512])
+    assert [list(each) for each in (found.offsets, found.stored, found.raw)] == [[128, 1144], [1016, 528], [65536, 512]]
     assert (list(found.encodings), found.id_at(1)) == ([1, 0], made.filler("id 1", 32))
     assert FOOTER.unpack(pinned("footer")) == (120, 0, b"XBFSEND\0")
 

@@ -7,6 +7,7 @@ A pack is the 128-byte object header, the sealed chunks back to back, the sealed
 from __future__ import annotations
 
 import struct
+from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from xbfs_engine.core.limits import CHUNK_SIZE_MAX, PACK_ENTRIES_MAX, PACK_SIZE_
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    from numpy.typing import NDArray
 
     from xbfs_engine.codec.keys import KeySet
     from xbfs_engine.storage.base import Storage
@@ -35,6 +37,7 @@ RECORD = np.dtype(
 NO_BASE = 0xFFFFFFFF
 assert FOOTER.size == 16
 assert RECORD.itemsize == 48
+assert array("I").itemsize == 4
 
 _FOLDERS = {ObjectKind.DATA_PACK: "data", ObjectKind.METADATA_PACK: "meta"}
 PACK_FOLDERS = tuple(f"{folder}/" for folder in _FOLDERS.values())
@@ -56,12 +59,12 @@ def blob_hash(*parts: bytes | bytearray | memoryview) -> BlobHash:
 
 
 class Directory(NamedTuple):
-    """What a pack holds, by ordinal. Arrays are read-only and of equal length."""
+    """What a pack holds, by ordinal. Arrays (32 bit, unsigned) are read-only and of equal length."""
 
     ids: bytes
-    offsets: list[int]
-    stored: list[int]
-    raw: list[int]
+    offsets: array[int]
+    stored: array[int]
+    raw: array[int]
     encodings: bytes
 
     def __len__(self) -> int:
@@ -73,8 +76,8 @@ class Directory(NamedTuple):
 
     @property
     def memory_bytes(self) -> int:
-        """About what this costs in memory: three small lists of ints beside the ids."""
-        return len(self.ids) + 64 * len(self.encodings) + 1024
+        """About what this costs in memory."""
+        return len(self.ids) + 13 * len(self.encodings) + 1024
 
 
 class OpenPack(NamedTuple):
@@ -113,11 +116,16 @@ def decode_directory(plain: bytes, data_end: int, what: str) -> Directory:
         raise PackCorrupt(f"{what}: its directory does not cover the pack")
     return Directory(
         records["id"].tobytes(),
-        (ends - stored).tolist(),
-        stored.tolist(),
-        records["raw"].tolist(),
+        _compact(ends - stored),
+        _compact(stored),
+        _compact(records["raw"]),
         records["encoding"].tobytes(),
     )
+
+
+def _compact(numbers: NDArray[np.integer]) -> array[int]:
+    """A list of them would cost nine times as much, and is not indexed much faster."""
+    return array("I", numbers.astype(np.uint32).tobytes())
 
 
 def open_pack(
