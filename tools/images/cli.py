@@ -24,10 +24,10 @@ Make guest disks to back up.
   small   1.5 GiB guest with some 400 MB of this system's files (demo)
   full    8 GiB Debian 12 guest with a database server and compilers (benchmarks); as root, needs the network
 
-Each makes CACHE/VARIANT/ with gen1.raw, gen2.raw (the same filesystem a day later), gen2.cbt (what changed, as XAPI's
-VDI.list_changed_blocks tells it), gen2.extents.json (the same as [[offset, length], ...] in bytes), manifest.json and,
-for full, clone.raw and clone.cbt. What is there already is kept. On one system tiny and small are the same bytes each time; full is
-not.
+Each makes CACHE/VARIANT/ with gen1.raw, gen2.raw (the same filesystem after real work), gen2.cbt (what changed, as
+XAPI's VDI.list_changed_blocks tells it), gen2.extents.json (the same as [[offset, length], ...] in bytes),
+manifest.json and, for full, clone.raw and clone.cbt. What is there already is kept. On one system tiny and small are
+the same bytes each time; full is not.
 
   sparse  scattered data without a filesystem, on a sparse disk of any size
   mutate  scattered changes to any disk, in place or in a copy
