@@ -58,7 +58,7 @@ class Xbfs(Peer):
 
     def backup(self, work: Path, disk: Path, changed: Path | None, report: Path) -> Cost:
         """`xbfs backup image`, its record to ``report``."""
-        delta = ["--changed", changed] if changed else []
+        delta: list[str | Path] = ["--changed", changed] if changed else []
         return self._run(work, "backup", "image", disk, "--vm", "guest", *delta, "--json", stdout=report)
 
     def full(self, work: Path, disk: Path) -> Cost:
