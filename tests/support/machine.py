@@ -21,6 +21,7 @@ from tests.support.faulty_storage import Fault, FaultyStorage, Kind, Mode, Simul
 from tests.support.runtime import FixedClock
 from xbfs_engine.core.errors import StorageError
 from xbfs_engine.core.limits import GIB, KIB
+from xbfs_engine.maintain.verify import verify
 from xbfs_engine.source.cbt import parse_changed
 from xbfs_engine.storage.memory import MemoryStorage
 
@@ -126,6 +127,7 @@ class EngineMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         cold = Engine(self.storage, self.folder / "cold", clock=self.clock)
         self.check_points(cold)
+        assert verify(cold.repository).points_hit == ()
         shutil.rmtree(self.folder)
 
     @initialize(sizes=st.lists(_SIZES, min_size=4, max_size=4))

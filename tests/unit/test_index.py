@@ -14,6 +14,7 @@ from xbfs_engine.codec.envelope import ObjectKind
 from xbfs_engine.core.errors import IndexCorrupt, StorageError
 from xbfs_engine.core.ids import BlobHash, Placement
 from xbfs_engine.storage.memory import MemoryStorage
+from xbfs_engine.store import index as index_module
 from xbfs_engine.store.index import MERGE_WIDTH, ChunkIndex
 from xbfs_engine.store.index_blob import PREFIX, get_index, put_index
 from xbfs_engine.store.index_run import Run, encode_run, merged, run_of
@@ -85,6 +86,22 @@ def test_many_blobs_are_merged_into_few_runs(storage: MemoryStorage, index: Chun
     again.refresh()
     assert again.lookup(list(truth)) == list(truth.values())
     assert set((tmp_path / "a" / "cache").glob("*.run")) == set(files), "nothing was rebuilt"
+
+
+def test_large_runs_are_merged_no_further(
+    storage: MemoryStorage, index: ChunkIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The heap that a merge takes is bounded, whatever the repository holds."""
+    monkeypatch.setattr(index_module, "MERGE_ENTRIES_MAX", 100)
+    truth: dict[bytes, Placement] = {}
+    index.refresh()
+    for seed in range(100):
+        group = packs(seed, 10)
+        index.add(put(storage, seed, group), group)
+        truth |= places(group)
+        assert all(len(run) < 4 * 100 for run in index._runs)
+    assert index.lookup(list(truth)) == list(truth.values())
+    assert len(index._runs) <= 1000 // 100 + 3 * 4
 
 
 def test_a_locate_refreshes_once(storage: MemoryStorage, index: ChunkIndex) -> None:

@@ -34,8 +34,11 @@ if TYPE_CHECKING:
 
 MERGE_WIDTH = 4
 """Runs of one size class before they are merged; also about how many runs a look-up sees per class."""
-BUILD_ENTRIES = 2 * 1024 * 1024
-"""Entries gathered in memory before a run is written while catching up: 64 MiB of ids."""
+BUILD_ENTRIES = 1024 * 1024
+"""Entries gathered in memory before a run is written while catching up: about 110 MiB at the peak."""
+MERGE_ENTRIES_MAX = BUILD_ENTRIES // MERGE_WIDTH
+"""Runs of so many entries are merged no further: a merge takes 100 bytes of heap an entry. 10^8 chunks are then some
+hundred runs, each of which costs a look-up of 64 ids some 30 microseconds."""
 
 _NAME = re.compile(re.escape(PREFIX) + r"([0-9a-f]{64})")
 
@@ -183,8 +186,9 @@ class ChunkIndex:
         while True:
             classes: dict[int, list[Run]] = {}
             for run in self._runs:
-                classes.setdefault((len(run).bit_length() + 1) // 2, []).append(run)
-            crowded = next((group for group in classes.values() if len(group) >= MERGE_WIDTH), None)
+                if len(run) < MERGE_ENTRIES_MAX:
+                    classes.setdefault((len(run).bit_length() + 1) // 2, []).append(run)
+            crowded = next((group[:MERGE_WIDTH] for group in classes.values() if len(group) >= MERGE_WIDTH), None)
             if crowded is None:
                 return
             data = merged([run.data() for run in crowded])

@@ -124,7 +124,7 @@ class Run:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            raw = np.memmap(path, dtype=np.uint8, mode="r")
+            raw = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # a plain array: its slices cost far less
         except (OSError, ValueError) as exc:
             raise IndexCorrupt(f"index cache file {path.name} can not be mapped") from exc
         if len(raw) < CHECKED_HEAD_SIZE:
@@ -170,15 +170,17 @@ class Run:
         entries = np.uint64(len(self._high))
         at = np.minimum(self._buckets[buckets], entries).astype(np.int64)
         end = np.minimum(self._buckets[buckets + 1], entries).astype(np.int64)
-        end = np.minimum(end, at + PROBES_MAX)
-        active = np.flatnonzero(at < end)
-        while len(active):
-            here = at[active]
-            places = self._place[here]
-            hit = (self._high[here] == high[active]) & (self._low[here] == low[active] ^ _mask(places))
-            hit[hit] = self._there[places[hit] >> np.uint64(16)]  # else another entry may name a pack that is there
-            for number, place in zip(active[hit].tolist(), places[hit].tolist(), strict=True):
-                if found[number] is None:
-                    found[number] = Placement(BlobHash(self._packs[place >> 16].tobytes()), place & 0xFFFF)
-            at[active] += 1
-            active = active[~hit & (at[active] < end[active])]
+        width = min(int((end - at).max(initial=0)), PROBES_MAX)
+        if width <= 0:
+            return
+        probes = at[:, None] + np.arange(width)
+        inside = probes < end[:, None]
+        same = self._high[np.where(inside, probes, 0)] == high[:, None]
+        numbers, columns = np.nonzero(same & inside)
+        hits = probes[numbers, columns]
+        places = self._place[hits]
+        true = self._low[hits] == low[numbers] ^ _mask(places)
+        true[true] = self._there[places[true] >> np.uint64(16)]
+        for number, place in zip(numbers[true].tolist(), places[true].tolist(), strict=True):
+            if found[number] is None:
+                found[number] = Placement(BlobHash(self._packs[place >> 16].tobytes()), place & 0xFFFF)
