@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -268,3 +269,13 @@ def test_points_of_one_vm_have_seconds_of_their_own_and_ascend(engine: Engine) -
     seconds = [point.time_ns // 10**9 for point in points]
     assert seconds == sorted(set(seconds))
     assert [point.parent for point in points] == [None, points[0].id, points[1].id]
+
+
+def test_a_bitmap_of_another_vdi_has_no_base(engine: Engine) -> None:
+    """A disk that was reverted or cloned has a new VDI under the old number: its bitmap says nothing about the old."""
+    engine.backup(pattern(1, LEAF))
+    run = engine.run({0: (MemorySource.of(pattern(2, LEAF)), [(0, CHUNK)])})
+    run._request = replace(run._request, disks=[replace(run._request.disks[0], vdi_uuid="another")])
+    with pytest.raises(NoBasePoint, match="another"):
+        trio.run(run.run)
+    assert len(engine.points()) == 1

@@ -12,7 +12,7 @@ from xbfs_engine.codec.compress import Encoding
 from xbfs_engine.codec.envelope import HEADER_SIZE, ObjectKind
 from xbfs_engine.core.errors import BlobLost, PackCorrupt
 from xbfs_engine.core.ids import BlobHash
-from xbfs_engine.core.limits import CHUNK_SIZE_MAX, MIB, PACK_ENTRIES_MAX, PACK_SIZE_MAX
+from xbfs_engine.core.limits import CHUNK_SIZE_MAX, MIB, PACK_ENTRIES_TARGET, PACK_SIZE_MAX
 from xbfs_engine.storage.memory import MemoryStorage
 from xbfs_engine.store.pack import blob_hash, open_pack, open_pack_bytes, pack_name
 from xbfs_engine.store.packer import PackWriter
@@ -79,13 +79,13 @@ def test_a_pack_is_full_by_size_or_by_ordinals(storage: MemoryStorage) -> None:
     add(by_size, b"x")
     assert by_size.full
     by_count = writer_to(storage, target=8 * MIB)
-    for _ in range(PACK_ENTRIES_MAX):
+    for _ in range(PACK_ENTRIES_TARGET):
         assert not by_count.full
         by_count.add(bytes(32), b"x", 1, Encoding.RAW)
     assert by_count.full
     sealed = by_count.seal()
     assert sealed is not None
-    assert len(open_pack(storage, KEYS, DATA, sealed.pack).directory) == PACK_ENTRIES_MAX
+    assert len(open_pack(storage, KEYS, DATA, sealed.pack).directory) == PACK_ENTRIES_TARGET
 
 
 def test_each_pack_has_a_key_of_its_own(storage: MemoryStorage) -> None:

@@ -33,10 +33,13 @@ PACK_SIZE_MAX: Final = 128 * MIB
 PACK_ENTRIES_MAX: Final = 0xFFFF
 """Ordinals are 16 bit in block map nodes."""
 
+PACK_ENTRIES_TARGET: Final = 16 * 1024
+"""Chunks after which a pack is closed though it is small: they are a GiB of disk, and the session remembers each."""
+
 OBJECT_SIZE_MAX: Final = 64 * MIB
 """Largest sealed object (index blob, manifest) that is read."""
 
-INDEX_ENTRIES_PER_BLOB: Final = 128 * 1024
+INDEX_ENTRIES_PER_BLOB: Final = 64 * 1024
 """Entries gathered before an index blob is written: bounds the session's dictionary (about 25 MiB)."""
 
 MAP_PENDING_ENTRIES_MAX: Final = 256 * 1024

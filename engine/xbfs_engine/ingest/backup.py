@@ -155,6 +155,11 @@ class BackupRun:
                 f"disk {job.number} of {self._request.vm_name!r} has {job.source.size_bytes} bytes; "
                 f"it had {disk.size_bytes} in restore point {base.id[:12] if base else ''}"
             )
+        if job.changed is not None and disk.vdi_uuid != job.vdi_uuid:
+            raise NoBasePoint(
+                f"disk {job.number} of {self._request.vm_name!r} is VDI {job.vdi_uuid}; in its newest restore point it is "
+                f"VDI {disk.vdi_uuid}, whose blocks no bitmap of another VDI describes"
+            )
         if disk.chunk_size != self._repository.parameters.chunk_size:
             if job.changed is not None:
                 raise NoBasePoint("the base point was written with another chunk size")

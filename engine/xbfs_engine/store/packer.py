@@ -6,13 +6,14 @@ cost five times as much.
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from xbfs_engine.codec.envelope import HEADER_SIZE, KEY_SIZE, LAST_NONCE, TAG_SIZE, ObjectKind, make_header, nonce
-from xbfs_engine.core.limits import CHUNK_SIZE_MAX, PACK_ENTRIES_MAX
+from xbfs_engine.core.limits import CHUNK_SIZE_MAX, PACK_ENTRIES_TARGET
 from xbfs_engine.store.pack import FOOTER, FOOTER_MAGIC, NO_BASE, RECORD, blob_hash, encode_directory, pack_name
 
 if TYPE_CHECKING:
@@ -67,20 +68,23 @@ class PackWriter:
 
     def _begin(self) -> None:
         self.ticket = PackTicket()
-        self._ids: list[bytes] = []
-        self._lengths: list[tuple[int, int, int]] = []
+        # Flat: a pack of tiny chunks has thousands, and two workers fill packs at once.
+        self._ids = bytearray()
+        self._stored = array("I")
+        self._raw = array("I")
+        self._encodings = bytearray()
         self._end = HEADER_SIZE
         self._aead: AESGCM | None = None
 
     @property
     def count(self) -> int:
         """Chunks in the pack that is being filled; also the ordinal the next one gets."""
-        return len(self._ids)
+        return len(self._encodings)
 
     @property
     def full(self) -> bool:
         """Whether the pack must be sealed before anything is added."""
-        return self._end - HEADER_SIZE >= self._target or len(self._ids) >= PACK_ENTRIES_MAX
+        return self._end - HEADER_SIZE >= self._target or len(self._encodings) >= PACK_ENTRIES_TARGET
 
     def add(self, chunk_id: bytes, payload: Buffer, raw_bytes: int, encoding: Encoding) -> int:
         """Encrypt one encoded chunk of at most CHUNK_SIZE_MAX bytes into the pack; returns its ordinal."""
@@ -89,23 +93,26 @@ class PackWriter:
             key = self._random.token(KEY_SIZE)
             self._view[:HEADER_SIZE] = make_header(self._keys, self._kind, key)
             self._aead = AESGCM(key)
-        ordinal = len(self._ids)
+        ordinal = len(self._encodings)
         stored = len(payload) + TAG_SIZE
         self._aead.encrypt_into(nonce(ordinal), payload, None, self._view[self._end : self._end + stored])
         self._end += stored
-        self._ids.append(chunk_id)
-        self._lengths.append((stored, raw_bytes, encoding))
+        self._ids += chunk_id
+        self._stored.append(stored)
+        self._raw.append(raw_bytes)
+        self._encodings.append(encoding)
         return ordinal
 
     def seal(self) -> SealedPack | None:
         """Write the pack durably, fulfil its ticket and begin a new one; None if it is empty."""
         if self._aead is None:
             return None
-        ids = b"".join(self._ids)
-        records = np.zeros(len(self._ids), dtype=RECORD)
-        lengths = np.array(self._lengths, dtype=np.uint32)
+        ids = bytes(self._ids)
+        records = np.zeros(self.count, dtype=RECORD)
         records["id"] = np.frombuffer(ids, dtype="V32")
-        records["stored"], records["raw"], records["encoding"] = lengths.T
+        records["stored"] = self._stored
+        records["raw"] = self._raw
+        records["encoding"] = np.frombuffer(self._encodings, dtype=np.uint8)
         records["base"] = NO_BASE
         header = bytes(self._view[:HEADER_SIZE])
         directory = self._aead.encrypt(LAST_NONCE, encode_directory(records), header)
