@@ -157,8 +157,8 @@ class BackupRun:
             )
         if job.changed is not None and disk.vdi_uuid != job.vdi_uuid:
             raise NoBasePoint(
-                f"disk {job.number} of {self._request.vm_name!r} is VDI {job.vdi_uuid}; in its newest restore point it is "
-                f"VDI {disk.vdi_uuid}, whose blocks no bitmap of another VDI describes"
+                f"disk {job.number} of {self._request.vm_name!r} is VDI {job.vdi_uuid}, in the base point it is VDI "
+                f"{disk.vdi_uuid}: a bitmap of one says nothing about the other"
             )
         if disk.chunk_size != self._repository.parameters.chunk_size:
             if job.changed is not None:
