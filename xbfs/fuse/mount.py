@@ -130,6 +130,7 @@ async def _serve(filesystem: FileSystem, path: Path, ready: Callable[[], None]) 
             await pyfuse3.main()
             nursery.cancel_scope.cancel()
 
+        nursery.start_soon(filesystem.tend)
         nursery.start_soon(serve_kernel)
         nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
         try:

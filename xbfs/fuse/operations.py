@@ -90,7 +90,8 @@ class Operations(pyfuse3.Operations):
         """Read from an open file."""
         image = self._images.get(fh)
         if image is not None:
-            return await image.read(off, size)
+            data = image.read_cached(off, size)
+            return await image.read(off, size) if data is None else data
         return self._texts[fh][off : off + size]
 
     @guarded

@@ -62,7 +62,10 @@ class Changes(NamedTuple):
 
 
 class FileSystem:
-    """One mount of one repository; made inside the event loop. ``locator`` finds chunks that compaction moved."""
+    """One mount of one repository; made inside the event loop, with ``tend`` running.
+
+    ``locator`` finds chunks that compaction moved.
+    """
 
     def __init__(
         self, repository: Repository, catalog: Catalog, options: ViewOptions, locator: Locator | None = None
@@ -121,6 +124,10 @@ class FileSystem:
                 return Changes([], [])
             self.tree.points = fresh
             return _changes(before, fresh)
+
+    async def tend(self) -> None:
+        """Keep the deadlines of reads, for as long as the mount is served."""
+        await self._pool.tend()
 
     def close(self) -> None:
         """End the threads; blocks for a second at most."""

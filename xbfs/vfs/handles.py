@@ -21,8 +21,8 @@ NEAR_BYTES: Final = 4 * MIB
 """Reads this close to where the last one ended still go on in order: kernel and qemu send several at once."""
 STREAK_MIN: Final = 2
 """Reads in order before anything is read ahead: a random reader hits twice by chance once in 10^5 on a GiB."""
-PIECE_BYTES: Final = 1 * MIB
-"""What one thread reads ahead at a time: about a millisecond of decoding."""
+PIECE_BYTES: Final = 2 * MIB
+"""What one thread reads ahead at a time: some milliseconds of decoding."""
 WINDOW_MIN_BYTES: Final = 2 * MIB
 WINDOW_MAX_BYTES: Final = 8 * MIB
 
@@ -30,12 +30,13 @@ WINDOW_MAX_BYTES: Final = 8 * MIB
 class ImageHandle:
     """An open image. ``failed(offset, size, problem)`` is told of reads that fail; ``timeout_s`` bounds a read."""
 
-    __slots__ = ("_ahead_to", "_failed", "_image", "_next", "_pool", "_streak", "_timeout_s", "_window", "read_cached")
+    __slots__ = ("_access", "_ahead_to", "_failed", "_image", "_next", "_pool", "_streak", "_timeout_s", "_window")
 
     def __init__(
         self, image: DiskImage, pool: ReadPool, *, timeout_s: float, failed: Callable[[int, int, XbfsError], None]
     ) -> None:
         self._image = image
+        self._access = image.access
         self._pool = pool
         self._timeout_s = timeout_s
         self._failed = failed
@@ -43,10 +44,9 @@ class ImageHandle:
         self._streak = 0
         self._window = 0
         self._ahead_to = 0
-        self.read_cached = image.access.read_cached
 
-    async def read(self, offset: int, size: int) -> bytes | memoryview:
-        """The bytes of [offset, offset+size), clipped at the end. Raises IntegrityError, StorageError."""
+    def read_cached(self, offset: int, size: int) -> bytes | memoryview | None:
+        """The bytes of [offset, offset+size), clipped at the end, if they are in memory; must come before ``read``."""
         if -NEAR_BYTES <= offset - self._next <= NEAR_BYTES:
             self._streak += 1
             if self._streak >= STREAK_MIN:
@@ -55,11 +55,12 @@ class ImageHandle:
             self._streak = 0
             self._window = 0
         self._next = offset + size
-        data = self.read_cached(offset, size)
-        if data is not None:
-            return data
+        return self._access.read_cached(offset, size)
+
+    async def read(self, offset: int, size: int) -> bytes:
+        """The same from a thread. Raises IntegrityError, StorageError."""
         try:
-            return await self._pool.run(partial(self._image.access.read_at, offset, size), self._timeout_s)
+            return await self._pool.run(partial(self._access.read_at, offset, size), self._timeout_s)
         except XbfsError as exc:
             self._failed(offset, size, exc)
             raise
@@ -70,7 +71,7 @@ class ImageHandle:
             self._window = WINDOW_MIN_BYTES
             self._ahead_to = end
         self._ahead_to = max(self._ahead_to, end)
-        limit = min(end + self._window, self._image.access.size_bytes)
+        limit = min(end + self._window, self._access.size_bytes)
         while self._ahead_to < limit:
             piece_end = (self._ahead_to // PIECE_BYTES + 1) * PIECE_BYTES
             if not self._pool.offer(partial(self._image.warm, self._ahead_to, piece_end - self._ahead_to)):
