@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,8 @@ from xbfs_engine.core.errors import (
 from xbfs_engine.storage.local import LocalStorage
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tests.support.mounts import Mounted
 
 
@@ -102,11 +105,11 @@ def test_umount_takes_a_dead_mount_away(tmp_path: Path) -> None:
 
 def kill_unmounter(mount: Mounted) -> None:
     """Kill the helper that unmounts when the server dies."""
-    found = subprocess.run(["pgrep", "-x", "fusermount3"], capture_output=True, text=True, check=True)
-    wanted = os.fsencode(mount.directory)
-    pids = [int(pid) for pid in found.stdout.split()]
-    (pid,) = [pid for pid in pids if wanted in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
-    os.kill(pid, signal.SIGKILL)
+    assert mount.server is not None
+    pid = mount.server.pid
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert os.fsencode(mount.directory) in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+    os.kill(int(child), signal.SIGKILL)
 
 
 def engine(tmp_path: Path) -> Engine:
@@ -214,3 +217,50 @@ def test_the_background_server_tells_its_parent_why_not(tmp_path: Path) -> None:
     assert "BlobNotFound" in done.stderr.splitlines()[-1]
     assert "Too many levels of symbolic links" in done.stderr.splitlines()[-1]
     assert not mount.is_mounted
+
+
+NOBODY = 65534
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that everybody may enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        path.chmod(0o755)
+        yield path
+
+
+@as_root
+@pytest.mark.skipif(Path("/dev/fuse").stat().st_mode & 0o006 != 0o006, reason="here only root may use /dev/fuse")
+def test_a_user_without_privileges_mounts_and_leaves_nothing(open_folder: Path) -> None:
+    mount = make(open_folder)
+    mount.user = NOBODY
+    expected = open_folder / "expected"
+    expected.write_bytes(NEW)
+    for path in (open_folder, *open_folder.rglob("*")):
+        os.chown(path, NOBODY, NOBODY)
+    with mount:
+        with pytest.raises(PermissionError):
+            list(mount.directory.iterdir())  # not even root, without allow_other
+        subprocess.run(["cmp", mount.disk, expected], user=NOBODY, group=NOBODY, check=True)
+        assert mount.signal(signal.SIGKILL) == -signal.SIGKILL
+        until = time.monotonic() + 5
+        while mount.is_mounted:
+            assert time.monotonic() < until, "the dead mount is still there"
+            time.sleep(0.05)
+    with mount:
+        assert mount.signal(signal.SIGTERM) == 0
+        assert not mount.is_mounted
+
+
+@as_root
+@pytest.mark.parametrize("allow_other", [False, True])
+def test_other_users_read_only_where_they_are_let_in(open_folder: Path, allow_other: bool) -> None:
+    mount = make(open_folder)
+    mount.allow_other = allow_other
+    with mount:
+        read = subprocess.run(["head", "-c", "1", mount.disk], user=NOBODY, capture_output=True, check=False)
+        assert (read.returncode == 0) == allow_other
+        assert read.stdout == (NEW[:1] if allow_other else b"")

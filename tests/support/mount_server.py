@@ -1,6 +1,6 @@
 """A mount server as a process of its own, with faults a test can switch on from outside.
 
-    python -m tests.support.mount_server STORAGE MOUNTPOINT CONTROL [DEADLINE_S]
+    python -m tests.support.mount_server STORAGE MOUNTPOINT CONTROL [--deadline S] [--allow-other] [--user NUMBER]
 
 CONTROL is a directory. While CONTROL/hang holds the name of a blob (or "*"), reads of it do not return. While
 CONTROL/raise exists, looking at a directory's entries raises an exception nobody expects. "ready" goes to stdout.
@@ -8,11 +8,16 @@ CONTROL/raise exists, looking at a directory's entries raises an exception nobod
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import structlog  # noqa: F401 - later, as another user, it may not be readable
+
+import xbfs.fuse.operations  # noqa: F401 - the same
 from tests.support.engine import PASSPHRASE
 from xbfs.fuse.mount import MountOptions, serve
 from xbfs.vfs.filesystem import ViewOptions
@@ -48,8 +53,15 @@ class ControlledStorage(LocalStorage):
 
 
 def main() -> int:
-    root, directory, control = map(Path, sys.argv[1:4])
-    view = ViewOptions(deadline_s=float(sys.argv[4]) if len(sys.argv) > 4 else 30.0, refresh_s=0.2)
+    parser = argparse.ArgumentParser()
+    for name in ("storage", "directory", "control"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--deadline", type=float, default=30.0)
+    parser.add_argument("--allow-other", action="store_true")
+    parser.add_argument("--user", type=int)
+    arguments = parser.parse_args()
+    control: Path = arguments.control
+    options = MountOptions(ViewOptions(deadline_s=arguments.deadline, refresh_s=0.2), allow_other=arguments.allow_other)
     entries = Tree.entries
 
     def entries_or_bug(self: Tree, inode: int) -> list[Entry] | None:
@@ -58,14 +70,17 @@ def main() -> int:
         return entries(self, inode)
 
     Tree.entries = entries_or_bug  # type: ignore[method-assign]  # the bug to be survived
-    repository = open_repository(ControlledStorage(root, control), system_runtime(), PASSPHRASE)
+    repository = open_repository(ControlledStorage(arguments.storage, control), system_runtime(), PASSPHRASE)
+    if arguments.user is not None:
+        os.setgid(arguments.user)
+        os.setuid(arguments.user)
 
     def ready() -> None:
         sys.stdout.write("ready\n")
         sys.stdout.flush()
 
     try:
-        serve(repository, Catalog(repository), directory, MountOptions(view), ready=ready)
+        serve(repository, Catalog(repository), arguments.directory, options, ready=ready)
     except XbfsError as exc:
         sys.stderr.write(f"{type(exc).__name__}: {exc.message}\n")
         return exc.exit_code

@@ -34,6 +34,8 @@ class Mounted:
         for path in (self.directory, self.control):
             path.mkdir(exist_ok=True)
         self.engine = engine or Engine.fresh(folder / "cache", LocalStorage(self.storage))
+        self.user: int | None = None
+        self.allow_other = False
         self.server: subprocess.Popen[str] | None = None
 
     @property
@@ -51,10 +53,12 @@ class Mounted:
     def start(self) -> None:
         """Start the server and wait until the mount is usable."""
         command = [sys.executable, "-m", "tests.support.mount_server", self.storage, self.directory, self.control]
+        command += ["--deadline", self.deadline_s, *(["--allow-other"] if self.allow_other else [])]
+        command += [] if self.user is None else ["--user", self.user]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "engine")])}
         with self.log.open("ab") as log:
             self.server = subprocess.Popen(
-                [*map(str, command), str(self.deadline_s)],
+                [*map(str, command)],
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -63,8 +67,9 @@ class Mounted:
                 text=True,
             )
         assert self.server.stdout is not None
-        line = self.server.stdout.readline()
-        assert line == "ready\n", self.log.read_text()
+        if self.server.stdout.readline() != "ready\n":
+            self.wait()
+            raise AssertionError(self.log.read_text())
 
     def wait(self) -> int:
         """The server's exit code, once it has ended by itself."""

@@ -71,14 +71,15 @@ async def mount(
     try:
         await filesystem.refresh()
         operations = Operations(filesystem, for_others=options.allow_other)
-        try:
-            pyfuse3.init(operations, str(path), _kernel_options(options))
-        except RuntimeError as exc:
-            raise MountFailed(f"{path} can not be mounted on: {exc}", hint=_refusal_hint(options)) from exc
-        try:
-            await _serve(filesystem, path, ready)
-        finally:
-            pyfuse3.close(unmount=True)
+        with mountpoint.unmounted_after_death(path):
+            try:
+                pyfuse3.init(operations, str(path), _kernel_options(options))
+            except RuntimeError as exc:
+                raise MountFailed(f"{path} can not be mounted on: {exc}", hint=_refusal_hint(options)) from exc
+            try:
+                await _serve(filesystem, path, ready)
+            finally:
+                pyfuse3.close(unmount=True)
     finally:
         filesystem.close()
 
@@ -184,8 +185,8 @@ def _tell_kernel(changes: Changes) -> None:
 
 
 def _kernel_options(options: MountOptions) -> set[str]:
-    wanted = {"default_permissions", "ro", "nosuid", "nodev", f"fsname={mountpoint.SUBTYPE}"}
-    wanted |= {f"subtype={mountpoint.SUBTYPE}", "auto_unmount"}
+    name = mountpoint.SUBTYPE
+    wanted = {"default_permissions", "ro", "nosuid", "nodev", f"fsname={name}", f"subtype={name}"}
     return wanted | ({"allow_other"} if options.allow_other else set())
 
 

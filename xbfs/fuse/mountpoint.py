@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -24,7 +25,7 @@ from xbfs_engine.core.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 SUBTYPE: Final = "xbfs"
 FILESYSTEM: Final = f"fuse.{SUBTYPE}"
@@ -32,6 +33,8 @@ FUSERMOUNT: Final = "fusermount3"
 _DEVICE: Final = Path("/dev/fuse")
 _MOUNTS: Final = Path("/proc/self/mountinfo")
 _UNMOUNT_S: Final = 10.0
+_WATCH: Final = 'read _; stat -f "$1" || "$0" -u -z -- "$1"'
+"""Reads until the other end of the pipe is closed; asks like ``_is_dead``, as another server may be there already."""
 _OCTAL: Final = re.compile(r"\\([0-7]{3})")
 
 
@@ -93,6 +96,33 @@ def umount(directory: Path) -> None:
     if mounts().get(str(path)) != FILESYSTEM:
         raise NotMounted(f"no restore points are mounted on {path}")
     _fusermount(path, lazy=_is_dead(path))
+
+
+@contextmanager
+def unmounted_after_death(path: Path) -> Iterator[None]:
+    """While inside, a small process waits for this one to die and then takes the dead mount away.
+
+    What libfuse's ``auto_unmount`` does for root only: for other users its helper (3.14) is refused by their mount.
+    """
+    reader, writer = os.pipe()
+    nothing = subprocess.DEVNULL
+    try:
+        watcher = subprocess.Popen(
+            ["sh", "-c", _WATCH, FUSERMOUNT, str(path)],
+            stdin=reader,
+            stdout=nothing,
+            stderr=nothing,
+            cwd="/",
+            start_new_session=True,  # Ctrl-C is not for it
+        )
+    finally:
+        os.close(reader)
+    try:
+        yield
+    finally:
+        os.close(writer)
+        with suppress(subprocess.TimeoutExpired):
+            watcher.wait(_UNMOUNT_S)
 
 
 def _is_dead(path: Path) -> bool:
