@@ -18,7 +18,7 @@ import trio
 from xbfs.fuse import mountpoint
 from xbfs.fuse.background import run_in_background
 from xbfs.vfs.filesystem import FileSystem, ViewOptions
-from xbfs_engine.core.errors import MountFailed, StorageError
+from xbfs_engine.core.errors import MountFailed, StorageTimeout
 from xbfs_engine.core.log import Logger
 
 if TYPE_CHECKING:
@@ -69,7 +69,12 @@ async def mount(
     path = mountpoint.prepare(directory, repository.storage.location())
     filesystem = FileSystem(repository, catalog, options.view, locator)
     try:
-        await filesystem.refresh()
+        try:
+            with trio.fail_after(options.view.deadline_s):
+                await filesystem.refresh()
+        except trio.TooSlowError as exc:
+            where = repository.storage.location()
+            raise StorageTimeout(f"{where} did not list its restore points in {options.view.deadline_s:g} s") from exc
         operations = Operations(filesystem, for_others=options.allow_other)
         with mountpoint.unmounted_after_death(path):
             try:
@@ -128,7 +133,12 @@ async def _serve(filesystem: FileSystem, path: Path, ready: Callable[[], None]) 
     async with trio.open_nursery() as nursery:
 
         async def serve_kernel() -> None:
-            await pyfuse3.main()
+            nonlocal problem
+            try:
+                await pyfuse3.main()
+            except Exception as exc:  # noqa: BLE001 - libfuse's loop; whatever it is, the mount is over
+                _log.error("the connection to the kernel broke", exc_info=exc)
+                problem = MountFailed(f"the connection to the kernel broke: {exc}")
             nursery.cancel_scope.cancel()
 
         nursery.start_soon(filesystem.tend)
@@ -160,18 +170,9 @@ async def _stop_on_signal(everything: trio.CancelScope) -> None:
 
 async def _keep_fresh(filesystem: FileSystem) -> None:
     """Look for new points for ever, and tell the kernel what is gone or has grown."""
-    report = filesystem.report
     while True:
         await trio.sleep(filesystem.options.refresh_s)
-        try:
-            changes = await filesystem.refresh()
-        except StorageError as exc:
-            if report.refresh_problem is None:
-                _log.warning("new restore points can not be looked for", problem=exc.message, hint=exc.hint)
-            report.refresh_problem = exc.message
-            continue
-        report.refresh_problem = None
-        _tell_kernel(changes)
+        _tell_kernel(await filesystem.look_again())
 
 
 def _tell_kernel(changes: Changes) -> None:

@@ -21,9 +21,9 @@ from xbfs.vfs.images import DiskImage, open_image
 from xbfs.vfs.points import Points
 from xbfs.vfs.pool import ReadPool
 from xbfs.vfs.report import MountReport
-from xbfs.vfs.tree import Attributes, Tree
+from xbfs.vfs.tree import Attributes, Tree, damage_name
 from xbfs_engine.catalog.blockmap import NodeStore
-from xbfs_engine.core.errors import IntegrityError, StorageError, XbfsError
+from xbfs_engine.core.errors import IntegrityError, XbfsError
 from xbfs_engine.core.limits import MIB
 from xbfs_engine.core.log import Logger
 from xbfs_engine.store.cache import ChunkCache
@@ -61,6 +61,9 @@ class Changes(NamedTuple):
     grown: list[int]
 
 
+_NOTHING: Final = Changes([], [])
+
+
 class FileSystem:
     """One mount of one repository; made inside the event loop, with ``tend`` running.
 
@@ -96,7 +99,7 @@ class FileSystem:
             now_s = self._clock.monotonic_s()
             if now_s - self._missed_s >= MISS_REFRESH_S:
                 self._missed_s = now_s
-                with trio.move_on_after(MISS_WAIT_S), suppress(StorageError):
+                with trio.move_on_after(MISS_WAIT_S), suppress(XbfsError):
                     await self.refresh()
             found = self.tree.lookup(directory, name)
         return found
@@ -105,7 +108,11 @@ class FileSystem:
         """Open an image; reads nothing. Raises MapCorrupt."""
         image = self._images.get(inode)
         if image is None:
-            image = open_image(file.shown.point, file.disk, file.format, self._nodes, self._cache)
+            try:
+                image = open_image(file.shown.point, file.disk, file.format, self._nodes, self._cache)
+            except XbfsError as exc:
+                self._read_failed(file, 0, 0, exc)
+                raise
             self._images[inode] = image
 
         def failed(offset: int, size: int, problem: XbfsError) -> None:
@@ -121,9 +128,26 @@ class FileSystem:
                 self._load, before, abandon_on_cancel=True, limiter=self._refresh_limit
             )
             if fresh is None:
-                return Changes([], [])
+                return _NOTHING
             self.tree.points = fresh
             return _changes(before, fresh)
+
+    async def look_again(self) -> Changes:
+        """``refresh`` that never raises: what goes wrong is logged when it begins and shown in the status."""
+        try:
+            changes = await self.refresh()
+        except XbfsError as exc:
+            if self.report.refresh_problem is None:
+                _log.warning("new restore points can not be looked for", problem=exc.message, hint=exc.hint)
+            self.report.refresh_problem = exc.message
+        except Exception as exc:  # noqa: BLE001 - a bug there must not end the mount
+            if self.report.refresh_problem is None:
+                _log.error("looking for new restore points failed for a reason of our own", exc_info=exc)
+            self.report.refresh_problem = repr(exc)
+        else:
+            self.report.refresh_problem = None
+            return changes
+        return _NOTHING
 
     async def tend(self) -> None:
         """Keep the deadlines of reads, for as long as the mount is served."""
@@ -164,6 +188,7 @@ def _changes(before: Points, after: Points) -> Changes:
         if point_id not in after.by_id:
             gone.append((inodes.make(shown.vm.owner, inodes.VM_DIRECTORY), shown.name))
             gone.append((inodes.BY_ID, str(point_id)))
+    gone.extend((inodes.BY_ID, damage_name(point_id)) for point_id in before.damaged.keys() - after.damaged.keys())
     gone.extend((inodes.VMS, name) for name in before.vms.keys() - after.vms.keys())
     for point_id, shown in after.by_id.items():
         if point_id not in before.by_id:

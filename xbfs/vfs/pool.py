@@ -211,7 +211,12 @@ class ReadPool:
                 return
             worker = _Worker(self._work)
             self._workers.add(worker)
-        worker.start()
+        try:
+            worker.start()
+        except RuntimeError as exc:  # the system's limit on threads: go on with those there are
+            _log.warning("no more threads", problem=str(exc))
+            with self._lock:
+                self._workers.discard(worker)
 
     def _work(self, worker: _Worker) -> None:
         while (job := self._wait(worker)) is not None:

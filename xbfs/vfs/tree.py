@@ -119,8 +119,7 @@ class Tree:
         if directory == inodes.BY_ID:
             links = [(str(i), inodes.make(shown.owner, inodes.POINT_BY_ID)) for i, shown in points.by_id.items()]
             return links + [
-                (i + _DAMAGE_SUFFIX, inodes.make(damage.owner, inodes.DAMAGE_TEXT))
-                for i, damage in points.damaged.items()
+                (damage_name(i), inodes.make(damage.owner, inodes.DAMAGE_TEXT)) for i, damage in points.damaged.items()
             ]
         if directory == inodes.AT:
             return [(time_name(at), inodes.time_inode(at, inodes.TIME_DIRECTORY)) for at in points.times()]
@@ -227,8 +226,9 @@ class Tree:
             if shown is not None:
                 return inodes.make(shown.owner, inodes.POINT_BY_ID)
             damage = points.damaged.get(PointId(name.removesuffix(_DAMAGE_SUFFIX)))
-            known = damage is not None and name.endswith(_DAMAGE_SUFFIX)
-            return inodes.make(damage.owner, inodes.DAMAGE_TEXT) if damage is not None and known else None
+            if damage is None or name != damage_name(damage.id):
+                return None
+            return inodes.make(damage.owner, inodes.DAMAGE_TEXT)
         if directory == inodes.AT:
             seconds = parse_time(name)
             if seconds is None:
@@ -273,6 +273,11 @@ class Tree:
         if isinstance(shown, ShownPoint):
             return shown.point.time_ns
         return shown.latest.point.time_ns if isinstance(shown, VmDirectory) else self.points.newest_ns
+
+
+def damage_name(point_id: PointId) -> str:
+    """The name in ``by-id`` of a manifest that can not be used."""
+    return point_id + _DAMAGE_SUFFIX
 
 
 def _images(shown: ShownPoint) -> Iterable[Entry]:
