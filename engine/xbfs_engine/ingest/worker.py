@@ -39,7 +39,7 @@ class Worker:
         self._session = session
         self._chunk_id = chunk_id
         self._chunk_size = chunk_size
-        self._compressor = Compressor(level, chunk_size)
+        self._compressor = Compressor(level)
         self._writer = session.data_writer()
         self._buffer = bytearray(LEAF_FANOUT * chunk_size)
         self._view = memoryview(self._buffer)
