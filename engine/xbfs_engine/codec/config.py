@@ -55,7 +55,7 @@ _PACK_TARGET_MIN: Final = 1 * MIB
 _PACK_TARGET_MAX: Final = PACK_SIZE_MAX // 2
 """A pack outgrows its target by a chunk and its directory."""
 _LEVEL_DEFAULT: Final = 1
-"""zstd is three quarters of the CPU of a full backup; level 3 costs a third more of it for some 3 % of space."""
+"""zstd is most of the CPU of a full backup: on a guest of 4.3 GB level 3 took a sixth more in all for 2 % of space."""
 _LEVEL_MAX: Final = 19
 """zstd levels above need hundreds of MiB for each compressor."""
 
