@@ -105,8 +105,8 @@ class XbfsView(View):
         del disk
         mount = work / "mnt"
         mount.mkdir(exist_ok=True)
-        program = ROOT / ".venv/bin/xbfs"
-        subprocess.run([program, "mount", mount, "--background", *options], env=environment(work), check=True, **QUIET)
+        command: list[str | Path] = [ROOT / ".venv/bin/xbfs", "mount", mount, "--background", *options]
+        subprocess.run(command, env=environment(work), check=True, **QUIET)
         try:
             yield mount / "vms/guest/latest/disks/0.raw"
         finally:

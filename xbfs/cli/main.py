@@ -5,6 +5,7 @@ Modules of verbs are imported when their verb runs, so that help and errors are 
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from importlib import import_module
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (without the program's name); returns the exit code."""
+    # numpy's BLAS would start threads that nobody uses, and before `mount --background` forks.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     words = list(sys.argv[1:] if arguments is None else arguments)
     output = Output(json="--json" in words)
     signal.signal(signal.SIGTERM, _on_terminate)
