@@ -19,7 +19,7 @@ from bench_nbd import NbdReader
 from bench_peers import PASSPHRASE, BorgFixed, Restic, Xbfs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / ".venv/lib/python3.11/site-packages"
@@ -106,11 +106,11 @@ class XbfsView(View):
         mount = work / "mnt"
         mount.mkdir(exist_ok=True)
         command: list[str | Path] = [ROOT / ".venv/bin/xbfs", "mount", mount, "--background", *options]
-        subprocess.run(command, env=environment(work), check=True, **QUIET)
+        assert quietly(command, environment(work)) == 0, "xbfs mount failed"
         try:
             yield mount / "vms/guest/latest/disks/0.raw"
         finally:
-            subprocess.run([program, "umount", mount], check=True, **QUIET)
+            assert quietly([command[0], "umount", mount]) == 0, "xbfs umount failed"
 
     def server_cpu_s(self, work: Path) -> float:
         """User and system time of the server so far."""
@@ -181,7 +181,7 @@ class NbdkitView(View):
         """A server on a Unix socket."""
         socket = work / "nbd.sock"
         socket.unlink(missing_ok=True)
-        server = subprocess.Popen(["nbdkit", "-f", "-r", "-U", socket, "file", disk], **QUIET)
+        server = start(["nbdkit", "-f", "-r", "-U", socket, "file", disk])
         try:
             _wait_for(socket.exists)
             yield socket
@@ -197,7 +197,20 @@ class NbdkitView(View):
             yield nbd
 
 
-QUIET = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+def start(command: Sequence[object], variables: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """A server without a terminal; ``variables`` are added to the environment."""
+    nothing = subprocess.DEVNULL
+    words = [str(word) for word in command]
+    return subprocess.Popen(
+        words, env={**os.environ, **(variables or {})}, stdin=nothing, stdout=nothing, stderr=nothing
+    )
+
+
+def quietly(command: Sequence[object], variables: dict[str, str] | None = None) -> int:
+    """Run a command to its end; returns its exit status."""
+    return start(command, variables).wait()
+
+
 VIEWS: list[View] = [XbfsView(), ResticView(), BorgView(), NbdkitView(), Plain()]
 
 
@@ -214,15 +227,15 @@ def environment(work: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _fuse_server(command: list[str | Path], variables: dict[str, str], mount: Path) -> Iterator[Path]:
+def _fuse_server(command: Sequence[object], variables: dict[str, str], mount: Path) -> Iterator[Path]:
     mount.mkdir(exist_ok=True)
-    server = subprocess.Popen(list(map(str, command)), env={**os.environ, **variables}, **QUIET)
+    server = start(command, variables)
     try:
         _wait_for(lambda: mount.is_mount() and any(mount.iterdir()))
         yield mount
     finally:
         for _ in range(50):
-            if subprocess.run(["fusermount3", "-u", mount], check=False, **QUIET).returncode == 0:
+            if quietly(["fusermount3", "-u", mount]) == 0:
                 break
             time.sleep(0.1)
         server.send_signal(signal.SIGINT)
