@@ -20,7 +20,7 @@ XbfsError 1
 |   |-- TargetExists 37          `-- TargetUnwritable 38
 |-- SourceError 40
 |   |-- SourceUnreadable 41      |-- SourceChanged 42         |-- BitmapInvalid 43
-|   `-- DiskShrunk 44
+|   |-- DiskShrunk 44            |-- VmNotReady 45            `-- RunIncomplete 46
 |-- KeyError_ 50
 |   |-- WrongPassphrase 51       |-- KeySlotDamaged 52        |-- KeySlotNotFound 53
 |   |-- LastKeySlot 54           |-- KeyNotHeld 55            `-- PassphraseMissing 56
@@ -28,6 +28,10 @@ XbfsError 1
 |   |-- FuseMissing 61           |-- MountPointNotEmpty 62    |-- MountPointInside 63
 |   |-- MountPointInvalid 64     |-- NotMounted 65            |-- ImageUnsupported 66
 |   `-- MountFailed 67
+|-- PoolError 80
+|   |-- PoolUnknown 81           |-- PoolExists 82            |-- PoolUnreachable 83 *
+|   |-- LoginRefused 84          |-- CertificateRejected 85   |-- CredentialsUnsafe 86
+|   |-- XapiFailure 87           |-- TransferFailed 88 *      `-- ObjectNotFound 89
 `-- Cancelled 130
 (* retryable)
 """
@@ -266,6 +270,19 @@ class DiskShrunk(SourceError):
     default_hint = "if the disk was replaced, start over with --new-chain"
 
 
+class VmNotReady(SourceError):
+    """The VM can not be backed up, restored or rewound in its present state; nothing was begun."""
+
+    exit_code = 45
+
+
+class RunIncomplete(SourceError):
+    """Some of the VMs that were asked for have no new restore point; the others have."""
+
+    exit_code = 46
+    default_hint = "see what is said of each VM above; run the command again for those that failed"
+
+
 class KeyError_(XbfsError):
     """Keys: base class; never raised itself."""
 
@@ -365,6 +382,76 @@ class MountFailed(MountError):
     """The kernel or fusermount3 refused the mount, or the server did not come up."""
 
     exit_code = 67
+
+
+class PoolError(XbfsError):
+    """A XenServer pool can not be used as asked."""
+
+    exit_code = 80
+
+
+class PoolUnknown(PoolError):
+    """No pool of this name is configured."""
+
+    exit_code = 81
+    default_hint = "list them with `xbfs pool list`, add one with `xbfs pool add`"
+
+
+class PoolExists(PoolError):
+    """`pool add` with a name that is taken."""
+
+    exit_code = 82
+    default_hint = "choose another name, or remove the old one with `xbfs pool remove`"
+
+
+class PoolUnreachable(PoolError):
+    """No host of the pool answers, or the connection broke."""
+
+    exit_code, retryable = 83, True
+    default_hint = "are the hosts up, and is port 443 reachable from here?"
+
+
+class LoginRefused(PoolError):
+    """Wrong user or password, or the user's role does not allow the call."""
+
+    exit_code = 84
+    default_hint = "check user and password of the pool, and that the user's role is vm-power-admin or more"
+
+
+class CertificateRejected(PoolError):
+    """A host shows another certificate than the pinned one, or none is pinned for it."""
+
+    exit_code = 85
+    default_hint = "if the host's certificate was renewed, pin it anew with `xbfs pool trust`"
+
+
+class CredentialsUnsafe(PoolError):
+    """The credentials file can be read by others, is not ours, or can not be decoded."""
+
+    exit_code = 86
+
+
+class XapiFailure(PoolError):
+    """XAPI refused a call. ``code`` and ``params`` are what it answered (datamodel, errors)."""
+
+    exit_code = 87
+
+    def __init__(self, message: str, *, code: str, params: tuple[str, ...] = (), hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.code = code
+        self.params = params
+
+
+class TransferFailed(PoolError):
+    """A transfer of disk data from or to a host broke off."""
+
+    exit_code, retryable = 88, True
+
+
+class ObjectNotFound(PoolError):
+    """No VM, SR, network or disk on the pool matches, or several do."""
+
+    exit_code = 89
 
 
 class Cancelled(XbfsError):
