@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.engine import CHUNK, LEAF, MemorySource, pattern
 from tests.support.mounts import Mounted
+from xbfs.fuse.mount import DataPlaneKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,8 +30,16 @@ OLD = content(FIRST)
 NEW = OLD[: CHANGED[0]] + pattern(4, CHANGED[1]) + OLD[sum(CHANGED) :]
 
 
+@pytest.fixture(scope="session", params=list(DataPlaneKind), ids=lambda kind: kind.value, autouse=True)
+def data_plane(request: pytest.FixtureRequest) -> DataPlaneKind:
+    """Every test here runs over both data planes."""
+    kind: DataPlaneKind = request.param
+    Mounted.data_plane = kind
+    return kind
+
+
 @pytest.fixture(scope="session")
-def mounted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
+def mounted(data_plane: DataPlaneKind, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
     """Two points of the VM "vm": OLD, then NEW; disk 1 is empty but for its first chunk."""
     with make(tmp_path_factory.mktemp("mounted")) as mount:
         yield mount

@@ -107,7 +107,8 @@ def kill_unmounter(mount: Mounted) -> None:
     """Kill the helper that unmounts when the server dies."""
     assert mount.server is not None
     pid = mount.server.pid
-    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    (child,) = (child for child in children if Path(f"/proc/{child}/comm").read_text() == "sh\n")
     assert os.fsencode(mount.directory) in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
     os.kill(int(child), signal.SIGKILL)
 

@@ -1,6 +1,7 @@
 """A mount server as a process of its own, with faults a test can switch on from outside.
 
     python -m tests.support.mount_server STORAGE MOUNTPOINT CONTROL [--deadline S] [--allow-other] [--user NUMBER]
+        [--data-plane KIND]
 
 CONTROL is a directory. While CONTROL/hang holds the name of a blob (or "*"), reads of it do not return. While
 CONTROL/raise exists, looking at a directory's entries raises an exception nobody expects. "ready" goes to stdout.
@@ -19,7 +20,7 @@ import structlog  # noqa: F401 - later, as another user, it may not be readable
 
 import xbfs.fuse.operations  # noqa: F401 - the same
 from tests.support.engine import PASSPHRASE
-from xbfs.fuse.mount import MountOptions, serve
+from xbfs.fuse.mount import DataPlaneKind, MountOptions, serve
 from xbfs.vfs.filesystem import ViewOptions
 from xbfs.vfs.tree import Tree
 from xbfs_engine.catalog.catalog import Catalog
@@ -59,9 +60,14 @@ def main() -> int:
     parser.add_argument("--deadline", type=float, default=30.0)
     parser.add_argument("--allow-other", action="store_true")
     parser.add_argument("--user", type=int)
+    parser.add_argument("--data-plane", type=DataPlaneKind, default=DataPlaneKind.DEVICE)
     arguments = parser.parse_args()
     control: Path = arguments.control
-    options = MountOptions(ViewOptions(deadline_s=arguments.deadline, refresh_s=0.2), allow_other=arguments.allow_other)
+    options = MountOptions(
+        ViewOptions(deadline_s=arguments.deadline, refresh_s=0.2),
+        allow_other=arguments.allow_other,
+        data_plane=arguments.data_plane,
+    )
     entries = Tree.entries
 
     def entries_or_bug(self: Tree, inode: int) -> list[Entry] | None:

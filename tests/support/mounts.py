@@ -8,9 +8,10 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from tests.support.engine import Engine
+from xbfs.fuse.mount import DataPlaneKind
 from xbfs.fuse.mountpoint import mounts
 from xbfs_engine.storage.local import LocalStorage
 
@@ -24,6 +25,8 @@ END_S = 20
 
 class Mounted:
     """A repository below ``folder`` and, inside ``with``, a server process that has it mounted."""
+
+    data_plane: ClassVar[DataPlaneKind] = DataPlaneKind.DEVICE
 
     def __init__(self, folder: Path, *, deadline_s: float = 30.0, engine: Engine | None = None) -> None:
         self.storage = folder / "repository"
@@ -54,6 +57,7 @@ class Mounted:
         """Start the server and wait until the mount is usable."""
         command = [sys.executable, "-m", "tests.support.mount_server", self.storage, self.directory, self.control]
         command += ["--deadline", self.deadline_s, *(["--allow-other"] if self.allow_other else [])]
+        command += ["--data-plane", self.data_plane.value]
         command += [] if self.user is None else ["--user", self.user]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "engine")])}
         with self.log.open("ab") as log:

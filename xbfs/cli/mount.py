@@ -23,7 +23,7 @@ def mount(arguments: argparse.Namespace, output: Output) -> None:
     # Whatever is wrong here is said before anybody types a passphrase.
     mountpoint.check_installed()
     path = mountpoint.prepare(directory, storage_of(arguments).location())
-    from xbfs.fuse.mount import MountOptions, serve, serve_in_background
+    from xbfs.fuse.mount import DataPlaneKind, MountOptions, serve, serve_in_background
     from xbfs.vfs.filesystem import ViewOptions
 
     repository = repository_of(arguments)
@@ -33,6 +33,7 @@ def mount(arguments: argparse.Namespace, output: Output) -> None:
         view=ViewOptions(cache_bytes=arguments.cache_size, deadline_s=arguments.deadline),
         allow_other=arguments.allow_other,
         log_file=log_file,
+        data_plane=DataPlaneKind(arguments.data_plane),
     )
     output.result({"mount_point": str(path), "background": arguments.background})
     if log_file is None:

@@ -256,6 +256,12 @@ def _add_mount(verbs: _Verbs) -> None:
     mount.add_argument(
         "--deadline", type=_seconds, metavar="SECONDS", default=30.0, help="a read fails after this time (default: 30)"
     )
+    mount.add_argument(
+        "--data-plane",
+        choices=("device", "inline"),
+        default="device",
+        help="who answers reads: threads of ours at the FUSE device, or libfuse's loop (default: device)",
+    )
     umount = verbs.add("umount", "mount:umount", "unmount what `xbfs mount` mounted", ["xbfs umount /mnt/xbfs"])
     umount.add_argument("directory", metavar="DIR", help="the mount point")
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -17,13 +18,17 @@ import trio
 
 from xbfs.fuse import mountpoint
 from xbfs.fuse.background import run_in_background
+from xbfs.fuse.device import mount_device
+from xbfs.fuse.files import OpenFiles
+from xbfs.fuse.plane import DataPlane
 from xbfs.vfs.filesystem import FileSystem, ViewOptions
 from xbfs_engine.core.errors import MountFailed, StorageTimeout
 from xbfs_engine.core.log import Logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from xbfs.fuse.operations import Operations
     from xbfs.vfs.filesystem import Changes
     from xbfs_engine.catalog.catalog import Catalog
     from xbfs_engine.store.reader import Locator
@@ -39,6 +44,13 @@ GRACE_S: Final = 2.0
 _log = Logger("xbfs.mount")
 
 
+class DataPlaneKind(Enum):
+    """Who answers reads: threads that take them from the kernel themselves, or libfuse's event loop and a pool."""
+
+    DEVICE = "device"
+    INLINE = "inline"
+
+
 @dataclass(frozen=True, slots=True)
 class MountOptions:
     """``allow_other``: other users may read too. ``log_file``: where a server in the background writes its log."""
@@ -46,6 +58,7 @@ class MountOptions:
     view: ViewOptions = field(default_factory=ViewOptions)
     allow_other: bool = False
     log_file: Path | None = None
+    data_plane: DataPlaneKind = DataPlaneKind.DEVICE
 
 
 async def mount(
@@ -62,8 +75,6 @@ async def mount(
     Raises FuseMissing, MountPoint..., MountFailed; StorageError if the restore points can not be listed.
     """
     mountpoint.check_installed()
-    import pyfuse3
-
     from xbfs.fuse.operations import Operations
 
     path = mountpoint.prepare(directory, repository.storage.location())
@@ -75,16 +86,11 @@ async def mount(
         except trio.TooSlowError as exc:
             where = repository.storage.location()
             raise StorageTimeout(f"{where} did not list its restore points in {options.view.deadline_s:g} s") from exc
-        operations = Operations(filesystem, for_others=options.allow_other)
-        with mountpoint.unmounted_after_death(path):
-            try:
-                pyfuse3.init(operations, str(path), _kernel_options(options))
-            except RuntimeError as exc:
-                raise MountFailed(f"{path} can not be mounted on: {exc}", hint=_refusal_hint(options)) from exc
-            try:
-                await _serve(filesystem, path, ready)
-            finally:
-                pyfuse3.close(unmount=True)
+        files = OpenFiles()
+        operations = Operations(filesystem, files, for_others=options.allow_other)
+        connect = _by_device if options.data_plane is DataPlaneKind.DEVICE else _by_libfuse
+        with mountpoint.unmounted_after_death(path), connect(operations, files, filesystem, path, options) as plane:
+            await _serve(filesystem, plane, path, ready)
     finally:
         filesystem.close()
 
@@ -126,7 +132,58 @@ def serve_in_background(
     )
 
 
-async def _serve(filesystem: FileSystem, path: Path, ready: Callable[[], None]) -> None:
+@contextmanager
+def _by_libfuse(
+    operations: Operations, _files: OpenFiles, _filesystem: FileSystem, path: Path, options: MountOptions
+) -> Iterator[None]:
+    """Mounted by libfuse, which reads the device."""
+    import pyfuse3
+
+    try:
+        pyfuse3.init(operations, str(path), _kernel_options(options))
+    except RuntimeError as exc:
+        raise MountFailed(f"{path} can not be mounted on: {exc}", hint=_refusal_hint(options)) from exc
+    try:
+        yield None
+    finally:
+        pyfuse3.close(unmount=True)
+
+
+@contextmanager
+def _by_device(
+    operations: Operations, files: OpenFiles, filesystem: FileSystem, path: Path, options: MountOptions
+) -> Iterator[DataPlane]:
+    """Mounted by us; the data plane reads the device, libfuse gets what is not a read."""
+    import pyfuse3
+
+    token = trio.lowlevel.current_trio_token()
+    open_session = False
+
+    def terminate() -> None:
+        if open_session:  # libfuse crashes when it is asked without one
+            pyfuse3.terminate()
+
+    def ended() -> None:
+        with suppress(trio.RunFinishedError):
+            token.run_sync_soon(terminate)
+
+    device = mount_device(path, _kernel_options(options), _refusal_hint(options))
+    plane = DataPlane(device, files, filesystem.clock, deadline_s=options.view.deadline_s, ended=ended)
+    try:
+        pyfuse3.init(operations, f"/dev/fd/{plane.control}", _kernel_options(options))
+        open_session = True
+        plane.start()
+        try:
+            yield plane
+        finally:
+            mountpoint.let_go(path)
+            open_session = False
+            pyfuse3.close(unmount=False)
+    finally:
+        plane.close()
+
+
+async def _serve(filesystem: FileSystem, plane: DataPlane | None, path: Path, ready: Callable[[], None]) -> None:
     import pyfuse3
 
     problem: MountFailed | None = None
@@ -142,6 +199,8 @@ async def _serve(filesystem: FileSystem, path: Path, ready: Callable[[], None]) 
             nursery.cancel_scope.cancel()
 
         nursery.start_soon(filesystem.tend)
+        if plane is not None:
+            nursery.start_soon(plane.tend)
         nursery.start_soon(serve_kernel)
         nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
         try:
@@ -194,7 +253,7 @@ def _kernel_options(options: MountOptions) -> set[str]:
 def _refusal_hint(options: MountOptions) -> str:
     if options.allow_other and os.geteuid() != 0:
         return "allow_other needs the line user_allow_other in /etc/fuse.conf; see also the message above"
-    return f"see the message of {mountpoint.FUSERMOUNT} above"
+    return "" if options.data_plane is DataPlaneKind.DEVICE else f"see the message of {mountpoint.FUSERMOUNT} above"
 
 
 def _tune_read_ahead(device: int) -> int | None:

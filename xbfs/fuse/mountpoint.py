@@ -98,6 +98,13 @@ def umount(directory: Path) -> None:
     _fusermount(path, lazy=_is_dead(path))
 
 
+def let_go(path: Path) -> None:
+    """Unmount what this process serves, however busy it is; nothing if somebody else did already."""
+    if mounts().get(str(path)) == FILESYSTEM:
+        with suppress(MountFailed):
+            _fusermount(path, lazy=True)
+
+
 @contextmanager
 def unmounted_after_death(path: Path) -> Iterator[None]:
     """While inside, a small process waits for this one to die and then takes the dead mount away.

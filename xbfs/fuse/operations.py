@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from pyfuse3 import ReaddirToken, RequestContext
 
+    from xbfs.fuse.files import OpenFiles
     from xbfs.vfs.filesystem import FileSystem
-    from xbfs.vfs.handles import ImageHandle
     from xbfs.vfs.tree import Attributes, Entry
 
 T = TypeVar("T")
@@ -45,15 +45,14 @@ class Operations(pyfuse3.Operations):
     supports_dot_lookup = True
     enable_writeback_cache = False
 
-    def __init__(self, filesystem: FileSystem, *, for_others: bool) -> None:
+    def __init__(self, filesystem: FileSystem, files: OpenFiles, *, for_others: bool) -> None:
         super().__init__()
         self._filesystem = filesystem
+        self._files = files
         self._tree = filesystem.tree
         self._modes = {kind: mode | (_FOR_OTHERS[kind] if for_others else 0) for kind, mode in _TYPES.items()}
         self._uid, self._gid = os.getuid(), os.getgid()
         self._numbers = count(1)
-        self._images: dict[int, ImageHandle] = {}
-        self._texts: dict[int, bytes] = {}
         self._directories: dict[int, Sequence[Entry]] = {}
 
     @guarded
@@ -74,31 +73,28 @@ class Operations(pyfuse3.Operations):
     @guarded
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         """Open a file: never reads."""
-        number = next(self._numbers)
         file = self._tree.image(inode)
         if file is not None:
-            self._images[number] = self._filesystem.open_image(file, inode)
-            return FileInfo(fh=number, keep_cache=True)
-        self._texts[number] = _there(self._tree.text(inode))
+            return FileInfo(fh=self._files.add_image(self._filesystem.open_image(file, inode)), keep_cache=True)
+        text = _there(self._tree.text(inode))
         live = _there(self._tree.attributes(inode)).live
-        return FileInfo(fh=number, keep_cache=not live, direct_io=live)
+        return FileInfo(fh=self._files.add_text(text), keep_cache=not live, direct_io=live)
 
     @guarded
     async def read(  # type: ignore[override]  # pyfuse3 takes any contiguous buffer
         self, fh: int, off: int, size: int
     ) -> bytes | memoryview:
-        """Read from an open file."""
-        image = self._images.get(fh)
+        """Read from an open file: asked here only where no data plane does it (``plane``)."""
+        image = self._files.images.get(fh)
         if image is not None:
             data = image.read_cached(off, size)
             return await image.read(off, size) if data is None else data
-        return self._texts[fh][off : off + size]
+        return self._files.texts[fh][off : off + size]
 
     @guarded
     async def release(self, fh: int) -> None:
         """Close a file."""
-        self._images.pop(fh, None)
-        self._texts.pop(fh, None)
+        self._files.drop(fh)
 
     @guarded
     async def opendir(self, inode: int, ctx: RequestContext) -> int:

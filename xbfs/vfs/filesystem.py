@@ -74,9 +74,9 @@ class FileSystem:
         self, repository: Repository, catalog: Catalog, options: ViewOptions, locator: Locator | None = None
     ) -> None:
         self.options = options
-        self._clock = repository.runtime.clock
+        self.clock = repository.runtime.clock
         self._catalog = catalog
-        self._gate = Gate(repository.storage, self._clock, deadline_s=options.deadline_s)
+        self._gate = Gate(repository.storage, self.clock, deadline_s=options.deadline_s)
         reader = ChunkReader(self._gate, repository.keys, locator)
         self._nodes = NodeStore(reader)
         self._cache = ChunkCache(reader, options.cache_bytes)
@@ -84,7 +84,7 @@ class FileSystem:
         self._images: WeakValueDictionary[int, DiskImage] = WeakValueDictionary()
         self._seen: deque[tuple[str, str]] = deque(maxlen=PROBLEMS_MAX)
         self._refresh_lock = trio.Lock()
-        self._missed_s = self._clock.monotonic_s() - MISS_REFRESH_S
+        self._missed_s = self.clock.monotonic_s() - MISS_REFRESH_S
         # One at a time: a refresh that hangs keeps the catalog locked, others would only queue up behind it.
         self._refresh_limit = trio.CapacityLimiter(1)
         self.report = MountReport(repository, self._cache, self._gate, self._pool)
@@ -96,7 +96,7 @@ class FileSystem:
         """As ``Tree.lookup``, but looks for new points before it says that a name is missing."""
         found = self.tree.lookup(directory, name)
         if found is None and self.tree.grows(directory):
-            now_s = self._clock.monotonic_s()
+            now_s = self.clock.monotonic_s()
             if now_s - self._missed_s >= MISS_REFRESH_S:
                 self._missed_s = now_s
                 with trio.move_on_after(MISS_WAIT_S), suppress(XbfsError):

@@ -1,10 +1,12 @@
 """Open files: reading an image, noticing that it is read in order, and reading ahead.
 
-Owns what an open file remembers between reads. For the event loop's thread; decoding happens in the pool's.
+Owns what an open file remembers between reads. Any thread may read: ``read`` is for an event loop and decodes in the
+pool's threads, ``read_now`` decodes in the caller's.
 """
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -30,7 +32,18 @@ WINDOW_MAX_BYTES: Final = 8 * MIB
 class ImageHandle:
     """An open image. ``failed(offset, size, problem)`` is told of reads that fail; ``timeout_s`` bounds a read."""
 
-    __slots__ = ("_access", "_ahead_to", "_failed", "_image", "_next", "_pool", "_streak", "_timeout_s", "_window")
+    __slots__ = (
+        "_access",
+        "_ahead_to",
+        "_image",
+        "_lock",
+        "_next",
+        "_pool",
+        "_streak",
+        "_timeout_s",
+        "_window",
+        "failed",
+    )
 
     def __init__(
         self, image: DiskImage, pool: ReadPool, *, timeout_s: float, failed: Callable[[int, int, XbfsError], None]
@@ -39,7 +52,8 @@ class ImageHandle:
         self._access = image.access
         self._pool = pool
         self._timeout_s = timeout_s
-        self._failed = failed
+        self.failed = failed
+        self._lock = threading.Lock()
         self._next = 0
         self._streak = 0
         self._window = 0
@@ -49,20 +63,31 @@ class ImageHandle:
         """The bytes of [offset, offset+size), clipped at the end, if they are in memory; must come before ``read``."""
         if -NEAR_BYTES <= offset - self._next <= NEAR_BYTES:
             self._streak += 1
-            if self._streak >= STREAK_MIN:
-                self._read_ahead(offset + size)
+            if self._streak >= STREAK_MIN and self._lock.acquire(blocking=False):
+                try:
+                    self._read_ahead(offset + size)
+                finally:
+                    self._lock.release()
         else:
             self._streak = 0
             self._window = 0
         self._next = offset + size
         return self._access.read_cached(offset, size)
 
+    def read_now(self, offset: int, size: int) -> bytes:
+        """The same, from storage if need be, in this thread. Raises IntegrityError, StorageError; tells nobody."""
+        return self._access.read_at(offset, size)
+
+    def seek(self, offset: int, *, data: bool) -> int | None:
+        """Where data, or else a hole, begins at or behind ``offset``; None if there is none (lseek(2), ENXIO)."""
+        return self._image.seek(offset, data=data)
+
     async def read(self, offset: int, size: int) -> bytes:
         """The same from a thread. Raises IntegrityError, StorageError."""
         try:
             return await self._pool.run(partial(self._access.read_at, offset, size), self._timeout_s)
         except XbfsError as exc:
-            self._failed(offset, size, exc)
+            self.failed(offset, size, exc)
             raise
 
     def _read_ahead(self, end: int) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from xbfs.vfs.names import SECOND_NS
 from xbfs.view.disk import PointDisk
+from xbfs.view.sparse import SparseMap
 from xbfs.view.synthetic import SyntheticImage
 from xbfs_engine.catalog.blockmap import BlockMap
 from xbfs_engine.core.errors import ImageUnsupported
@@ -87,12 +88,17 @@ def image_size(disk: DiskRecord, image_format: ImageFormat) -> tuple[int, int]:
 class DiskImage:
     """One disk of a point in one format."""
 
-    __slots__ = ("__weakref__", "_disk", "_layout", "access")
+    __slots__ = ("__weakref__", "_disk", "_layout", "_sparse", "access")
 
-    def __init__(self, disk: PointDisk, layout: Layout | None) -> None:
+    def __init__(self, disk: PointDisk, layout: Layout | None, sparse: SparseMap) -> None:
         self._disk = disk
         self._layout = layout
+        self._sparse = sparse
         self.access: RandomAccess = disk if layout is None else SyntheticImage(layout, disk)
+
+    def seek(self, offset: int, *, data: bool) -> int | None:
+        """Where data, or else a hole, begins at or behind ``offset``; None at the end or where no more data is."""
+        return self._sparse.data_from(offset) if data else self._sparse.hole_from(offset)
 
     def warm(self, offset: int, length: int) -> None:
         """Decode what a range of the image needs into the cache. May block; raises as ``read_at``."""
@@ -111,7 +117,7 @@ def open_image(
     block_map = BlockMap(nodes, disk.root, disk.chunks)
     access = PointDisk(block_map, cache, size_bytes=disk.size_bytes, chunk_size=disk.chunk_size)
     if image_format is ImageFormat.RAW:
-        return DiskImage(access, None)
+        return DiskImage(access, None, SparseMap.of_disk(disk.data_map, disk.size_bytes))
     assert image_format is ImageFormat.VHD
     layout = VhdDynamicLayout(
         disk.size_bytes,
@@ -119,7 +125,7 @@ def open_image(
         uuid16=vhd_uuid(point.id, disk.number),
         timestamp_s=vhd_timestamp_s(point.time_ns // SECOND_NS),
     )
-    return DiskImage(access, layout)
+    return DiskImage(access, layout, SparseMap.solid(layout.size_bytes))
 
 
 def _allocated(disk: DiskRecord) -> NDArray[np.bool_]:

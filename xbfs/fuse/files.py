@@ -1,0 +1,35 @@
+"""Open files by handle: what both planes of the mount read from. Handles are never reused. Any thread may look."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from xbfs.vfs.handles import ImageHandle
+
+
+class OpenFiles:
+    """Images, and texts: files whose content was fixed when they were opened."""
+
+    def __init__(self) -> None:
+        self._numbers = count(1)
+        self.images: dict[int, ImageHandle] = {}
+        self.texts: dict[int, bytes] = {}
+
+    def add_image(self, image: ImageHandle) -> int:
+        """The handle of a newly opened image."""
+        number = next(self._numbers)
+        self.images[number] = image
+        return number
+
+    def add_text(self, text: bytes) -> int:
+        """The handle of a newly opened text."""
+        number = next(self._numbers)
+        self.texts[number] = text
+        return number
+
+    def drop(self, number: int) -> None:
+        """The file was closed; the kernel has no more requests for it."""
+        self.images.pop(number, None)
+        self.texts.pop(number, None)

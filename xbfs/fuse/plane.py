@@ -1,0 +1,270 @@
+"""The data plane: threads that read the FUSE device themselves and answer reads without any hop.
+
+Owns the device's threads and the requests that wait for storage. READ and LSEEK of open files are answered here, in
+the thread that took them from the kernel; everything else goes through a socket to libfuse, which takes that socket
+for the device, and its answers come back through ``pump``. The event loop's thread makes, starts and closes it; the
+rest runs in its own threads.
+
+A thread that may have to wait first sees to it that another one listens, so requests that hang never stop those
+behind them, up to ``THREADS_MAX``. A request whose blob is known to hang is parked (``vfs.gate``) and holds no thread.
+Whoever has no answer by the deadline gets EIO from ``tend``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
+
+import trio
+
+from xbfs.fuse import wire
+from xbfs.fuse.errnos import errno_of
+from xbfs.vfs.gate import BlobStalled
+from xbfs.vfs.pool import cores
+from xbfs_engine.core.errors import StorageTimeout, XbfsError
+from xbfs_engine.core.log import Logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from xbfs.fuse.files import OpenFiles
+    from xbfs.vfs.handles import ImageHandle
+    from xbfs_engine.core.runtime import Clock
+
+THREADS_MAX: Final = 64
+"""Threads stuck in the storage at once; each costs some 100 KiB."""
+TICK_S: Final = 0.25
+"""How often deadlines are looked at: far cheaper than a timer for each request."""
+PUMP: Final = Path(__file__).with_name("pump.py")
+_SOCKET_BYTES: Final = 4 << 20
+_SO_SNDBUFFORCE: Final = 32  # socket(7); not in the socket module
+_END_S: Final = 2.0
+_GONE: Final = (errno.ENODEV, errno.EBADF)
+
+_log = Logger("xbfs.mount")
+
+
+class _Waiting(NamedTuple):
+    """A read that needs the storage, since when."""
+
+    image: ImageHandle
+    offset: int
+    size: int
+    began_s: float
+
+
+class DataPlane:
+    """Serves the FUSE device ``device``. ``ended`` is called, from any thread, when the kernel has let go of it.
+
+    ``control`` is the descriptor that libfuse shall take for the device; libfuse closes it.
+    """
+
+    def __init__(
+        self, device: int, files: OpenFiles, clock: Clock, *, deadline_s: float, ended: Callable[[], None]
+    ) -> None:
+        self._device = device
+        self._files = files
+        self._clock = clock
+        self._deadline_s = deadline_s
+        self._ended = ended
+        self._base = cores() + 1
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._busy = 0
+        self._stopping = False
+        self._waiting: dict[int, _Waiting] = {}
+        self._resumed: deque[int] = deque()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (ours, theirs):
+            with suppress(OSError):  # root only; others keep the system's limit, which is enough for a directory
+                end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SOCKET_BYTES)
+        self._relay = ours
+        self.control = theirs.detach()
+        self._pump = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(PUMP), str(ours.fileno()), str(device)],
+            pass_fds=(ours.fileno(), device),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,  # Ctrl-C is not for it
+        )
+
+    def start(self) -> None:
+        """Begin to serve; libfuse must be there already, as the kernel's first request is for it."""
+        for _ in range(self._base):
+            self._grow()
+
+    async def tend(self) -> NoReturn:
+        """Answer for reads that have none by the deadline, and notice if the pump dies."""
+        while True:
+            await trio.sleep(TICK_S)
+            if self._waiting:
+                self._expire()
+            if not self._stopping and self._pump.poll() is not None:
+                _log.error("the process that carries answers to the kernel died", code=self._pump.returncode)
+                self._end()
+
+    def close(self) -> None:
+        """Let go of everything, after the unmount. Threads that are stuck end with the process."""
+        self._stopping = True
+        self._relay.close()
+        self._pump.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._pump.wait(_END_S)
+        with suppress(OSError):
+            os.close(self._device)
+
+    @property
+    def threads(self) -> int:
+        """Threads there are now."""
+        return self._threads
+
+    def _grow(self) -> None:
+        with self._lock:
+            if self._threads >= THREADS_MAX or self._stopping:
+                return
+            self._threads += 1
+        try:
+            # A daemon: stuck in a storage that never answers, it must not keep the process from ending.
+            threading.Thread(target=self._listen, name="xbfs-device", daemon=True).start()
+        except RuntimeError as exc:  # the system's limit on threads: go on with those there are
+            _log.warning("no more threads", problem=str(exc))
+            with self._lock:
+                self._threads -= 1
+
+    def _listen(self) -> None:
+        """Take requests until the mount is gone, or until enough others listen."""
+        buffer = bytearray(wire.REQUEST_MAX)
+        view, into, device = memoryview(buffer), [buffer], self._device
+        images = self._files.images
+        header, read_in = wire.IN_HEADER.unpack_from, wire.READ_IN.unpack_from
+        while True:
+            try:
+                size = os.readv(device, into)
+            except OSError as exc:
+                if exc.errno in _GONE:
+                    break
+                continue  # ENOENT: whoever asked is gone; EINTR, EAGAIN
+            _, opcode, unique, *_ = header(buffer)
+            if opcode == wire.READ:
+                handle, offset, length = read_in(buffer, wire.IN_HEADER.size)
+                image = images.get(handle)
+                if image is not None:
+                    data = image.read_cached(offset, length)
+                    if data is not None:
+                        self._answer(unique, data)
+                    elif not self._read(unique, image, offset, length):
+                        return
+                    continue
+            if not self._handled(opcode, unique, buffer):
+                with suppress(OSError):  # libfuse is gone: so is the mount, soon
+                    self._relay.send(view[:size])
+        self._end()
+
+    def _handled(self, opcode: int, unique: int, request: bytearray) -> bool:
+        """Answer what is neither an image's read nor libfuse's."""
+        if opcode == wire.READ:
+            handle, offset, length = wire.READ_IN.unpack_from(request, wire.IN_HEADER.size)
+            text = self._files.texts.get(handle)
+            if text is None:
+                return False
+            self._answer(unique, text[offset : offset + length])
+        elif opcode == wire.LSEEK:
+            handle, offset, whence = wire.LSEEK_IN.unpack_from(request, wire.IN_HEADER.size)
+            image = self._files.images.get(handle)
+            if image is None:
+                return False
+            position = image.seek(offset, data=whence == os.SEEK_DATA)
+            if position is None:
+                self._refuse(unique, errno.ENXIO)
+            else:
+                self._answer(unique, wire.LSEEK_OUT.pack(position))
+        elif opcode == wire.INTERRUPT:
+            # The kernel then sends no more of them. libfuse would wait for a request that it never sees.
+            self._refuse(unique, errno.ENOSYS)
+        else:
+            return False
+        return True
+
+    def _read(self, unique: int, image: ImageHandle, offset: int, size: int) -> bool:
+        """Read from storage and answer; False if this thread is not needed any more."""
+        self._waiting[unique] = _Waiting(image, offset, size, self._clock.monotonic_s())
+        with self._lock:
+            self._busy += 1
+            alone = self._busy >= self._threads
+        if alone:
+            self._grow()
+        self._attempt(unique)
+        with self._lock:
+            self._busy -= 1
+            superfluous = self._threads - self._busy > 2 * self._base
+            self._threads -= superfluous
+        return not superfluous
+
+    def _attempt(self, unique: int) -> None:
+        """Read and answer, unless the deadline already has; a blob that is known to hang is waited for elsewhere."""
+        waiting = self._waiting.get(unique)
+        if waiting is None:
+            return
+        image, offset, size, _ = waiting
+        problem: XbfsError | None = None
+        data: bytes | memoryview = b""
+        code = 0
+        try:
+            data = image.read_now(offset, size)
+        except BlobStalled as exc:
+            exc.park(lambda: self._resume(unique))
+            return
+        except XbfsError as exc:
+            problem, code = exc, errno_of(exc)
+        except Exception as exc:  # noqa: BLE001 - a bug there must cost one read, not the mount
+            _log.error("a read failed for a reason of our own", exc_info=exc)
+            code = errno.EIO
+        if self._waiting.pop(unique, None) is None:
+            return
+        if code == 0:
+            self._answer(unique, data)
+            return
+        self._refuse(unique, code)
+        if problem is not None:
+            image.failed(offset, size, problem)
+
+    def _resume(self, unique: int) -> None:
+        """The blob answers again: read in a thread of its own, all that were parked one after the other."""
+        self._resumed.append(unique)
+        threading.Thread(target=self._attempt_resumed, name="xbfs-resumed", daemon=True).start()
+
+    def _attempt_resumed(self) -> None:
+        with suppress(IndexError):
+            while True:
+                self._attempt(self._resumed.popleft())
+
+    def _expire(self) -> None:
+        limit_s = self._clock.monotonic_s() - self._deadline_s
+        for unique, waiting in list(self._waiting.items()):
+            if waiting.began_s <= limit_s and self._waiting.pop(unique, None) is not None:
+                self._refuse(unique, errno.EIO)
+                problem = StorageTimeout(f"no answer from the storage within {self._deadline_s:g} s")
+                waiting.image.failed(waiting.offset, waiting.size, problem)
+
+    def _answer(self, unique: int, data: bytes | memoryview) -> None:
+        with suppress(OSError):  # whoever asked is gone
+            os.writev(self._device, (wire.answer(unique, len(data)), data))
+
+    def _refuse(self, unique: int, code: int) -> None:
+        with suppress(OSError):
+            os.write(self._device, wire.refusal(unique, code))
+
+    def _end(self) -> None:
+        with self._lock:
+            first, self._stopping = not self._stopping, True
+        if first:
+            self._ended()
