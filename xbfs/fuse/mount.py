@@ -213,6 +213,8 @@ async def _serve(filesystem: FileSystem, plane: DataPlane | None, path: Path, re
             filesystem.report.read_ahead_kib = _tune_read_ahead(status.st_dev)
             ready()
             nursery.start_soon(_keep_fresh, filesystem)
+    if plane is not None and plane.problem is not None:
+        problem = MountFailed(plane.problem)
     if problem is not None:
         raise problem
 

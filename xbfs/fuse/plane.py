@@ -64,7 +64,8 @@ class _Waiting(NamedTuple):
 class DataPlane:
     """Serves the FUSE device ``device``. ``ended`` is called, from any thread, when the kernel has let go of it.
 
-    ``control`` is the descriptor that libfuse shall take for the device; libfuse closes it.
+    ``control`` is the descriptor that libfuse shall take for the device; libfuse closes it. ``problem`` says why, if it
+    was not the kernel that ended it.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class DataPlane:
         self._stopping = False
         self._waiting: dict[int, _Waiting] = {}
         self._resumed: deque[int] = deque()
+        self.problem: str | None = None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (ours, theirs):
             with suppress(OSError):  # root only; others keep the system's limit, which is enough for a directory
@@ -109,7 +111,7 @@ class DataPlane:
             if self._waiting:
                 self._expire()
             if not self._stopping and self._pump.poll() is not None:
-                _log.error("the process that carries answers to the kernel died", code=self._pump.returncode)
+                self.problem = f"the process that carries answers to the kernel died ({self._pump.returncode})"
                 self._end()
 
     def close(self) -> None:

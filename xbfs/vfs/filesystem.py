@@ -1,11 +1,13 @@
 """The mounted repository as a protocol adapter sees it: tree, open files, refresh, and the state of the mount.
 
-Owns the caches, the pool and the handles of one mount. For the event loop's thread; storage is touched only in other
-threads. Everything it keeps is bounded: chunks and map nodes by bytes, problems by number, handles by the kernel.
+Owns the caches, the pool and the handles of one mount. For the event loop's thread, but for handles, which any thread
+may read; storage is touched only in other threads. Everything it keeps is bounded: chunks and map nodes by bytes,
+problems by number, handles by the kernel.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
@@ -83,6 +85,7 @@ class FileSystem:
         self._pool = ReadPool()
         self._images: WeakValueDictionary[int, DiskImage] = WeakValueDictionary()
         self._seen: deque[tuple[str, str]] = deque(maxlen=PROBLEMS_MAX)
+        self._problems_lock = threading.Lock()
         self._refresh_lock = trio.Lock()
         self._missed_s = self.clock.monotonic_s() - MISS_REFRESH_S
         # One at a time: a refresh that hangs keeps the catalog locked, others would only queue up behind it.
@@ -164,7 +167,6 @@ class FileSystem:
         return None if before.same_as(points, damaged) else Points(points, damaged, before)
 
     def _read_failed(self, file: ImageFile, offset: int, size: int, problem: XbfsError) -> None:
-        self.report.failed_reads += 1
         facts: dict[str, object] = {
             "image": file.path,
             "point": file.shown.point.id,
@@ -174,9 +176,11 @@ class FileSystem:
             "problem": problem.message,
         }
         known = (file.path, problem.message)
-        if known in self._seen:
-            return  # the kernel repeats a read page by page
-        self._seen.append(known)
+        with self._problems_lock:
+            self.report.failed_reads += 1
+            if known in self._seen:
+                return  # the kernel repeats a read page by page
+            self._seen.append(known)
         self.report.problems.append({"damage": isinstance(problem, IntegrityError), **facts})
         _log.warning("read failed", hint=problem.hint, **facts)
 
