@@ -51,6 +51,7 @@ class MemorySource:
         self.pieces = dict(sorted(pieces.items()))
         self.extents = list(extents) if extents is not None else [(at, len(data)) for at, data in self.pieces.items()]
         self.reads: list[Extent] = []
+        self.announced: Iterator[Extent] = iter(())
         self.changed_size: int | None = None
         self.before_read: Callable[[int], None] = lambda offset: None
         self._lock = Lock()
@@ -66,6 +67,9 @@ class MemorySource:
 
     def data_extents(self) -> Iterator[Extent]:
         return iter(self.extents)
+
+    def read_ahead(self, reads: Iterator[Extent]) -> None:
+        self.announced = reads
 
     def read_into(self, offset: int, view: memoryview) -> None:
         self.before_read(offset)

@@ -18,6 +18,7 @@ from xbfs_engine.catalog.mapwriter import MapWriter
 from xbfs_engine.catalog.restore_point import DiskRecord, RestorePoint, RunRecord
 from xbfs_engine.core.errors import DiskShrunk, NoBasePoint, PointNotFound, UsageError
 from xbfs_engine.core.ids import PointId
+from xbfs_engine.core.limits import LEAF_FANOUT
 from xbfs_engine.core.log import Logger
 from xbfs_engine.ingest.assembler import DataMap, MapAssembler
 from xbfs_engine.ingest.pipeline import run_pipeline
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from xbfs_engine.catalog.catalog import Catalog
     from xbfs_engine.codec.wire import Value
+    from xbfs_engine.ingest.planner import Segment
     from xbfs_engine.source.base import DiskSource, Extent
     from xbfs_engine.store.index import ChunkIndex
     from xbfs_engine.store.repository import Repository
@@ -191,6 +193,7 @@ class BackupRun:
             for _ in range(self._request.threads or min(THREADS_MAX, len(os.sched_getaffinity(0))))
         ]
         planned, extents = await trio.to_thread.run_sync(_planned, job, base, chunk_size)
+        job.source.read_ahead(_reads(plan(extents(), size, chunk_size), size, chunk_size))
         counters = [worker.counters for worker in workers]
         await run_pipeline(
             plan(extents(), size, chunk_size),
@@ -247,3 +250,11 @@ def _planned(job: DiskJob, base: DiskRecord | None, chunk_size: int) -> tuple[in
         min(end * chunk_size, size) - first * chunk_size for first, end in chunk_runs(source(), size, chunk_size)
     )
     return planned, source
+
+
+def _reads(segments: Iterator[Segment], size_bytes: int, chunk_size: int) -> Iterator[Extent]:
+    """The reads that workers make of these segments: one for each run, see ``ingest.worker``."""
+    for segment in segments:
+        for first, count in segment.runs:
+            start = (segment.leaf * LEAF_FANOUT + first) * chunk_size
+            yield start, min(start + count * chunk_size, size_bytes) - start

@@ -23,8 +23,15 @@ class DiskSource(Protocol):
         """Ascending, disjoint extents outside of which the disk is zero. Raises SourceUnreadable."""
         ...
 
+    def read_ahead(self, reads: Iterator[Extent]) -> None:
+        """Hear what will be read: exactly these calls of ``read_into``, ascending, disjoint, begun in this order.
+
+        A source may fetch ahead of its readers, or ignore it. Called once before reading, or never; does not block.
+        """
+        ...
+
     def read_into(self, offset: int, view: memoryview) -> None:
-        """Fill ``view`` from ``offset``; never short. Raises SourceUnreadable, SourceChanged."""
+        """Fill ``view`` from ``offset``; never short. Raises SourceUnreadable, SourceChanged, TransferFailed."""
         ...
 
     def check_unchanged(self) -> None:

@@ -60,6 +60,9 @@ class ImageSource:
                 yield start, end - start
             offset = max(end, offset + 1)
 
+    def read_ahead(self, reads: Iterator[Extent]) -> None:
+        """Do nothing: the kernel reads ahead."""
+
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill ``view``."""
         done = 0
