@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import http.client
 import select
-import socket
 import xmlrpc.client
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final, cast
 from xml.parsers import expat
 
@@ -18,10 +16,12 @@ import XenAPI
 
 from xbfs_engine.core.errors import PoolError, PoolUnreachable, XbfsError
 from xbfs_engine.core.limits import KIB, MIB
+from xbfs_engine.source.xapi.abort import Abortable
 from xbfs_engine.source.xapi.trust import connect, unreachable
 from xbfs_engine.source.xapi.values import from_wire, to_wire
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Mapping, Sequence
 
     from xbfs_engine.source.xapi.config import Address
@@ -40,7 +40,7 @@ class CallBroken(PoolUnreachable):
 
 
 class Refused(Exception):
-    """The host answered Status Failure with this ErrorDescription (code, parameters…); the session makes the typed error."""
+    """The host answered Status Failure with this this ErrorDescription; the session makes the typed error."""
 
     def __init__(self, description: Sequence[str]) -> None:
         super().__init__(description[0] if description else "")
@@ -52,7 +52,8 @@ class Link:
 
     def __init__(self, address: Address, pins: Mapping[str, str]) -> None:
         self.address = address
-        self._transport = _Transport(address, pins)
+        self._guard = Abortable()
+        self._transport = _Transport(address, pins, self._guard)
         host = f"[{address.host}]" if ":" in address.host else address.host
         # Only its wire format is used: XenAPI's own dispatcher keeps the password and logs in again as it likes.
         self._proxy = XenAPI.Session(f"https://{host}:{address.port}", transport=self._transport)
@@ -62,7 +63,10 @@ class Link:
 
         Raises Refused, CallBroken, PoolUnreachable (nothing was sent), PinMismatch, PoolError.
         """
-        wire = [to_wire(argument) for argument in arguments]
+        with self._guard.using(self.close):
+            return self._call(method, [to_wire(argument) for argument in arguments], timeout_s)
+
+    def _call(self, method: str, wire: Sequence[object], timeout_s: float) -> XapiValue:
         self._transport.timeout_s = timeout_s
         remote = cast("Callable[..., object]", getattr(self._proxy, method))
         try:
@@ -93,12 +97,8 @@ class Link:
         return bool(poll.poll(0))
 
     def abort(self) -> None:
-        """Make a call in another thread fail now."""
-        sock = self._transport.socket
-        if sock is not None:
-            with suppress(OSError):
-                # Not SSLSocket's: it would take the TLS state away from under the other thread.
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        """End the use of this link: a call in another thread fails now, or before it sends anything."""
+        self._guard.abort(self._transport.socket, self.close)
 
     def close(self) -> None:
         """Close the connection; the next call makes another."""
@@ -120,9 +120,10 @@ class _Transport(xmlrpc.client.Transport):
     accept_gzip_encoding = False
     user_agent = "xbfs"
 
-    def __init__(self, address: Address, pins: Mapping[str, str]) -> None:
+    def __init__(self, address: Address, pins: Mapping[str, str], guard: Abortable) -> None:
         super().__init__()
         self.timeout_s = _CONNECT_S
+        self._guard = guard
         self._http = _Connection(address, pins)
 
     @property
@@ -142,6 +143,7 @@ class _Transport(xmlrpc.client.Transport):
         """One POST. Raises HTTPException and OSError only after the connection stood."""
         if self._http.sock is None:
             self._http.connect()
+            self._guard.check()
         self._http.sock.settimeout(self.timeout_s)
         return self.single_request(host, handler, request_body, verbose)  # type: ignore[arg-type]
 

@@ -31,7 +31,7 @@ def to_wire(value: XapiValue, depth: int = 0) -> object:
             return str(value)
         case str():
             if any(char < " " and char not in "\t\n\r" for char in value):
-                raise PoolError(f"XAPI can not be told {value!r}: control characters are not XML")
+                raise PoolError("a text for XAPI holds control characters: they are not XML")
             return value
         case datetime():
             return xmlrpc.client.DateTime(value.astimezone(UTC).strftime("%Y%m%dT%H:%M:%SZ"))
