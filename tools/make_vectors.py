@@ -20,6 +20,7 @@ import trio
 
 from xbfs_engine.catalog.blockmap import MapRoot
 from xbfs_engine.catalog.catalog import Catalog
+from xbfs_engine.catalog.mibmap import MibMap
 from xbfs_engine.catalog.node import SAME_PACK, encode_node, node_plaintext
 from xbfs_engine.catalog.restore_point import DiskRecord, ReadStatistics, RestorePoint, RunRecord, seal_manifest
 from xbfs_engine.codec import wire
@@ -123,9 +124,10 @@ def point() -> RestorePoint:
     """A point with an empty disk and one with a map."""
     root = MapRoot(ChunkRef(filler("root", 32), BlobHash(filler("pack M", 32)), 3), 1)
     disks = (
-        DiskRecord(0, "system", "vdi-0", 100 * MIB + 512, 65536, root, bytes([0x80] + [0] * 12), "cbt", "bitmap",
-                   ReadStatistics(196608, 65536, 0, 65536, 65536)),
-        DiskRecord(1, "empty", "vdi-1", 0, 65536, None, b"", "full", "first backup", ReadStatistics(0, 0, 0, 0, 0)),
+        DiskRecord(0, "system", "vdi-0", 100 * MIB + 512, 65536, root, MibMap(bytes([0x80] + [0] * 12)), "cbt",
+                   "bitmap", ReadStatistics(196608, 65536, 0, 65536, 65536)),
+        DiskRecord(1, "empty", "vdi-1", 0, 65536, None, MibMap(b""), "full", "first backup",
+                   ReadStatistics(0, 0, 0, 0, 0)),
     )  # fmt: skip
     run = RunRecord("xbfs 0.1.0", "node-1", NOW_NS, 1234, 66000, 900, 2)
     parent = PointId(filler("parent", 32).hex())

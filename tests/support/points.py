@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING
 
+from xbfs_engine.catalog.mibmap import MibMap
 from xbfs_engine.catalog.restore_point import DiskRecord, ReadStatistics, RestorePoint, RunRecord, data_map_size
 from xbfs_engine.core.ids import PointId
 from xbfs_engine.core.limits import CHUNK_SIZE_DEFAULT, GIB
@@ -22,7 +23,9 @@ def disk(number: int = 0, size_bytes: int = 10 * GIB, data_map: bytes | None = N
     """A disk without a block map; by default all of it holds data as far as the manifest says."""
     whole = b"\xff" * data_map_size(size_bytes) if data_map is None else data_map
     statistics = ReadStatistics(0, 0, 0, 0, 0)
-    return DiskRecord(number, "disk", "vdi", size_bytes, CHUNK_SIZE_DEFAULT, None, whole, "full", "test", statistics)
+    return DiskRecord(
+        number, "disk", "vdi", size_bytes, CHUNK_SIZE_DEFAULT, None, MibMap(whole), "full", "test", statistics
+    )
 
 
 def point(

@@ -8,37 +8,22 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
-from xbfs.vfs.names import SECOND_NS
 from xbfs.view.disk import PointDisk
 from xbfs.view.sparse import SparseMap
 from xbfs.view.synthetic import SyntheticImage
 from xbfs_engine.catalog.blockmap import BlockMap
 from xbfs_engine.core.errors import ImageUnsupported
-from xbfs_engine.core.limits import MIB
 from xbfs_engine.formats.segments import DiskExtent
-from xbfs_engine.formats.vhd import (
-    VhdDynamicLayout,
-    vhd_block_count,
-    vhd_dynamic_size,
-    vhd_timestamp_s,
-    vhd_uuid,
-    vhd_virtual_size,
-)
+from xbfs_engine.formats.vhd import vhd_dynamic_size, vhd_virtual_size
 from xbfs_engine.formats.vhd_records import BLOCK_SIZE
+from xbfs_engine.restore import layouts
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from xbfs.view.base import RandomAccess
     from xbfs_engine.catalog.blockmap import NodeStore
     from xbfs_engine.catalog.restore_point import DiskRecord, RestorePoint
     from xbfs_engine.formats.segments import Layout
     from xbfs_engine.store.cache import ChunkCache
-
-_MIB_PER_BLOCK: Final = BLOCK_SIZE // MIB
-assert _MIB_PER_BLOCK == 2
 
 
 class ImageFormat(IntEnum):
@@ -80,7 +65,7 @@ def image_size(disk: DiskRecord, image_format: ImageFormat) -> tuple[int, int]:
     if image_format is ImageFormat.RAW:
         return disk.size_bytes, disk.data_bytes
     assert image_format is ImageFormat.VHD
-    present = int(_allocated(disk).sum())
+    present = int(layouts.allocated_blocks(disk).sum())
     size = vhd_dynamic_size(disk.size_bytes, present)
     return size, size - max(present * BLOCK_SIZE - disk.data_bytes, 0)
 
@@ -117,21 +102,7 @@ def open_image(
     block_map = BlockMap(nodes, disk.root, disk.chunks)
     access = PointDisk(block_map, cache, size_bytes=disk.size_bytes, chunk_size=disk.chunk_size)
     if image_format is ImageFormat.RAW:
-        return DiskImage(access, None, SparseMap.of_disk(disk.data_map, disk.size_bytes))
+        return DiskImage(access, None, SparseMap.of_disk(disk.data_map.bits(), disk.size_bytes))
     assert image_format is ImageFormat.VHD
-    layout = VhdDynamicLayout(
-        disk.size_bytes,
-        _allocated(disk),
-        uuid16=vhd_uuid(point.id, disk.number),
-        timestamp_s=vhd_timestamp_s(point.time_ns // SECOND_NS),
-    )
+    layout = layouts.image_layout(point, disk, layouts.ImageFormat.VHD)
     return DiskImage(access, layout, SparseMap.solid(layout.size_bytes))
-
-
-def _allocated(disk: DiskRecord) -> NDArray[np.bool_]:
-    """Which VHD blocks of 2 MiB hold data, by the manifest's map of MiBs."""
-    blocks = vhd_block_count(disk.size_bytes)
-    bits = np.zeros(blocks * _MIB_PER_BLOCK, np.bool_)
-    mibs = np.unpackbits(np.frombuffer(disk.data_map, np.uint8))[: bits.size]
-    bits[: mibs.size] = mibs
-    return bits[::2] | bits[1::2]

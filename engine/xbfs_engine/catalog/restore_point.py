@@ -13,6 +13,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from xbfs_engine.catalog.blockmap import MapRoot
+from xbfs_engine.catalog.mibmap import MibMap
 from xbfs_engine.codec import wire
 from xbfs_engine.codec.envelope import KEY_SIZE, ObjectKind, open_object, seal_object
 from xbfs_engine.core.errors import IntegrityError, KeyNotHeld, ManifestCorrupt
@@ -62,9 +63,8 @@ class ReadStatistics:
 class DiskRecord:
     """One disk of a restore point.
 
-    ``number``: the VBD's userdevice. ``data_map``: bit i of byte i//8, from the most significant, is set where MiB i of
-    the disk holds data: sizes of synthetic formats follow from it without reading the block map. ``method``: ``full``
-    or ``cbt``; ``reason``: why it was read like that.
+    ``number``: the VBD's userdevice. ``data_map``: which MiBs hold data: sizes of synthetic formats follow from it
+    without reading the block map. ``method``: ``full`` or ``cbt``; ``reason``: why it was read like that.
     """
 
     number: int
@@ -73,7 +73,7 @@ class DiskRecord:
     size_bytes: int
     chunk_size: int
     root: MapRoot | None
-    data_map: bytes
+    data_map: MibMap
     method: str
     reason: str
     statistics: ReadStatistics
@@ -86,8 +86,7 @@ class DiskRecord:
     @property
     def data_bytes(self) -> int:
         """Bytes in MiBs that hold any data: an upper bound of what is allocated, exact to 1 MiB."""
-        full = int.from_bytes(self.data_map, "big").bit_count() * MIB
-        return min(full, self.size_bytes)
+        return min(self.data_map.mibs * MIB, self.size_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +169,7 @@ def _disk_to_record(disk: DiskRecord) -> dict[str, wire.Value]:
         "size_bytes": disk.size_bytes,
         "chunk_size": disk.chunk_size,
         "root": root,
-        "data_map": disk.data_map,
+        "data_map": disk.data_map.bits(),
         "method": disk.method,
         "reason": disk.reason,
         "statistics": disk.statistics.to_record(),
@@ -192,7 +191,7 @@ def _disk_from_record(record: wire.Record) -> DiskRecord:
         size_bytes=size,
         chunk_size=record.integer("chunk_size", CHUNK_SIZE_DEFAULT, CHUNK_SIZE_MAX),
         root=root,
-        data_map=record.raw("data_map", data_map_size(size)),
+        data_map=MibMap(record.raw("data_map", data_map_size(size))),
         method=record.text("method", 64),
         reason=record.text("reason"),
         statistics=ReadStatistics.take(record.record("statistics")),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, NamedTuple
 
+from xbfs_engine.catalog.mibmap import MibMap
 from xbfs_engine.core.limits import LEAF_FANOUT, MAP_PENDING_ENTRIES_MAX, MIB
 from xbfs_engine.store.packer import PackTicket
 
@@ -40,7 +41,7 @@ class LeafResult(NamedTuple):
 
 
 class DataMap:
-    """Which MiBs of the disk hold data, a bit each from the most significant. Not thread-safe."""
+    """Makes the MibMap of a disk. Not thread-safe."""
 
     def __init__(self, size_bytes: int, chunk_size: int, base: bytes = b"") -> None:
         mibs = -(-size_bytes // MIB)
@@ -61,9 +62,9 @@ class DataMap:
             else:
                 self._bits[at >> 3] &= ~mask
 
-    def packed(self) -> bytes:
-        """The bits."""
-        return bytes(self._bits)
+    def map(self) -> MibMap:
+        """Which MiBs hold data."""
+        return MibMap(bytes(self._bits))
 
 
 class MapAssembler:

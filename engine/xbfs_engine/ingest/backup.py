@@ -186,7 +186,7 @@ class BackupRun:
             chunks=-(-size // chunk_size),
         )
         maps = await trio.to_thread.run_sync(open_map)
-        data_map = DataMap(size, chunk_size, base.data_map if base and carry else b"")
+        data_map = DataMap(size, chunk_size, base.data_map.bits() if base and carry else b"")
         assembler = MapAssembler(maps, data_map)
         workers = [
             Worker(self._session, keys.chunk_id, chunk_size=chunk_size, level=parameters.compression_level)
@@ -212,7 +212,7 @@ class BackupRun:
             size_bytes=size,
             chunk_size=chunk_size,
             root=root,
-            data_map=data_map.packed(),
+            data_map=data_map.map(),
             method="cbt" if carry else "full",
             reason=job.reason,
             statistics=total(counters),

@@ -32,7 +32,7 @@ class ImageFormat(StrEnum):
 def allocated_blocks(disk: DiskRecord) -> NDArray[np.bool_]:
     """Which VHD blocks of 2 MiB hold data, by the manifest's data map."""
     blocks = vhd_block_count(disk.size_bytes)
-    mibs = np.unpackbits(np.frombuffer(disk.data_map, dtype=np.uint8))
+    mibs = np.unpackbits(np.frombuffer(disk.data_map.bits(), dtype=np.uint8))
     padded = np.zeros(blocks * _MIB_PER_BLOCK, dtype=np.bool_)
     padded[: len(mibs)] = mibs[: len(padded)]
     found: NDArray[np.bool_] = padded.reshape(-1, _MIB_PER_BLOCK).max(axis=1)
