@@ -1,0 +1,1 @@
+"""The cycle that makes a restore point of a VM on a pool: snapshot, changed blocks, read, commit, let go."""

@@ -1,0 +1,92 @@
+"""Getting rid of snapshot VDIs, all of them or their data, while hosts still let go of them.
+
+A host keeps a disk attached to its dom0 for some seconds after an NBD client has left, sometimes for ever; and
+data_destroy waits only four seconds for that (xen-api, xapi_vdi.ml). Keeps no state.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from xbfs_engine.core.errors import PoolError, XapiFailure
+from xbfs_engine.core.log import Logger
+from xbfs_engine.source.xapi.failures import Handling, handling_of
+
+if TYPE_CHECKING:
+    from xbfs_engine.ingest.vm.patience import Patience
+    from xbfs_engine.source.xapi.session import Ref, Xapi, XapiValue
+
+IN_USE_TRIES: Final = 10
+IN_USE_PAUSE_S: Final = 5.0
+"""As long as other clients were seen to need (Xen Orchestra, issues 7826 and 7960)."""
+
+_DESTROY_TIMEOUT_S: Final = 600.0
+_IN_USE: Final = frozenset({"VDI_IN_USE", "SR_BACKEND_FAILURE_24"})
+
+_log = Logger("xbfs.vm")
+
+
+async def destroy_vdi(xapi: Xapi, patience: Patience, ref: Ref) -> None:
+    """Destroy a VDI of ours; it is no error if it has gone. Raises PoolError."""
+    await _insist(xapi, patience, "VDI.destroy", ref)
+
+
+async def destroy_data(xapi: Xapi, patience: Patience, ref: Ref) -> None:
+    """Destroy the data of a snapshot VDI of ours and keep its changed-block log. Raises PoolError."""
+    await _insist(xapi, patience, "VDI.data_destroy", ref)
+
+
+async def destroy_vm(xapi: Xapi, patience: Patience, ref: Ref) -> None:
+    """Destroy the record of a snapshot VM of ours, not its VDIs; it is no error if it has gone. Raises PoolError."""
+    await _gone_is_fine(xapi, patience, "VM.destroy", ref)
+
+
+async def _insist(xapi: Xapi, patience: Patience, method: str, ref: Ref) -> None:
+    for attempt in range(1, IN_USE_TRIES + 1):
+        try:
+            await _gone_is_fine(xapi, patience, method, ref)
+        except XapiFailure as exc:
+            if exc.code not in _IN_USE or attempt == IN_USE_TRIES:
+                raise
+        else:
+            return
+        await trio.sleep(IN_USE_PAUSE_S)
+        await _detach(xapi, ref)
+
+
+async def _gone_is_fine(xapi: Xapi, patience: Patience, method: str, ref: Ref) -> None:
+    try:
+        await patience.get(
+            lambda: xapi.call(method, ref, timeout_s=_DESTROY_TIMEOUT_S), method, repeatable=True, busy=_not_in_use
+        )
+    except XapiFailure as exc:
+        if handling_of(exc) != Handling.GONE:
+            raise
+
+
+def _not_in_use(error: XapiFailure) -> bool:
+    return error.code not in _IN_USE
+
+
+async def _detach(xapi: Xapi, vdi_ref: Ref) -> None:
+    """Take the VDI from the control domains that hold it. What does not work now is tried again with the VDI."""
+    with suppress(PoolError):
+        vbds = await xapi.call("VDI.get_VBDs", vdi_ref)
+        for vbd in vbds if isinstance(vbds, list) else []:
+            if await _is_of_control_domain(xapi, vbd):
+                _log.info("detaching a snapshot from dom0", vbd=str(vbd))
+                with suppress(XapiFailure):
+                    await xapi.call("VBD.unplug_force", vbd, timeout_s=_DESTROY_TIMEOUT_S)
+                with suppress(XapiFailure):
+                    await xapi.call("VBD.destroy", vbd)
+
+
+async def _is_of_control_domain(xapi: Xapi, vbd: XapiValue) -> bool:
+    try:
+        vm = await xapi.call("VBD.get_VM", vbd)
+        return await xapi.call("VM.get_is_control_domain", vm) is True
+    except XapiFailure:
+        return False
