@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from . import calls, schema
 from .clock import SimClock
@@ -56,6 +57,16 @@ class HostNode:
     port: int = 0
 
 
+class Done(NamedTuple):
+    """A call from outside that has ended: its first argument, and "Success" or the error's code."""
+
+    method: str
+    argument: str
+    user: str
+    originator: str
+    status: str
+
+
 class Storage(Protocol):
     """What the core needs of storage; everything else goes through calls (VDI.snapshot, VDI.destroy)."""
 
@@ -93,6 +104,7 @@ class World:
     storage: Storage
     sessions: Sessions
     tasks: Tasks
+    vtpm_contents: dict[Ref, str]  # the state of VTPMs, which no field of XAPI shows
 
     def __init__(self, state_dir: Path, release: Release, time_scale: float = 1.0) -> None:
         self.state_dir = state_dir
@@ -102,6 +114,8 @@ class World:
         self.faults = Faults()
         self.nodes: dict[Ref, HostNode] = {}
         self.pool: Ref = NULL
+        self.vtpm_contents = {}
+        self.journal: deque[Done] = deque(maxlen=100_000)
 
     @property
     def master(self) -> Ref:

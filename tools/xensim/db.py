@@ -169,7 +169,7 @@ class Database:
         with self.lock:
             return list(self._by_class[cls])
 
-    def where(self, cls: str, **fields: Value) -> list[Ref]:
+    def where(self, cls: str, /, **fields: Value) -> list[Ref]:
         """The objects of a class whose fields equal the given values."""
         with self.lock:
             return [ref for ref in self._by_class[cls] if all(self.field(ref, k) == v for k, v in fields.items())]

@@ -66,7 +66,12 @@ def compact(cls: dict[str, Any]) -> dict[str, Any]:
     """One class as the simulator reads it."""
     enums = {enum["name"]: [value["name"] for value in enum["values"]] for enum in cls["enums"]}
     fields = {
-        field["name"]: [field["type"], field["qualifier"], default(field.get("default"), field["type"], enums)]
+        field["name"]: [
+            field["type"],
+            field["qualifier"],
+            field.get("default") is None and field["qualifier"] != "RO/runtime",
+            default(field.get("default"), field["type"], enums),
+        ]
         for field in cls["fields"]
         if field["lifecycle"]["state"] != "Removed_s"
     }

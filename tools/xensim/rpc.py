@@ -48,7 +48,7 @@ def success(request: Request, value: Value) -> bytes:
     """The reply with a result."""
     if request.protocol == "xml":
         return _response({"Status": "Success", "Value": value})
-    document = {"result": _jsonable(value), "id": request.number}
+    document = {"result": jsonable(value), "id": request.number}
     document |= {"jsonrpc": "2.0"} if request.protocol == "json2" else {"error": None}
     return json.dumps(document).encode()
 
@@ -94,6 +94,17 @@ def decode(text: bytes) -> Value:
     return _plain(value)
 
 
+def jsonable(value: Value) -> object:
+    """A value as JSON has it: numbers are numbers, dates are strings."""
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).strftime(DATE_FORMAT)
+    if isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {key: jsonable(item) for key, item in value.items()}
+    return [jsonable(item) for item in value]
+
+
 def _response(value: Value) -> bytes:
     body = f"<methodResponse><params><param>{encode(value)}</param></params></methodResponse>"
     return b'<?xml version="1.0"?>' + body.encode()
@@ -109,13 +120,3 @@ def _plain(value: object) -> Value:
     if isinstance(value, str | int | float | bool):
         return value
     raise TypeError(type(value))
-
-
-def _jsonable(value: Value) -> object:
-    if isinstance(value, datetime):
-        return value.astimezone(UTC).strftime(DATE_FORMAT)
-    if isinstance(value, str | int | float):
-        return value
-    if isinstance(value, Mapping):
-        return {key: _jsonable(item) for key, item in value.items()}
-    return [_jsonable(item) for item in value]

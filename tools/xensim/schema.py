@@ -22,10 +22,14 @@ DATE_FORMAT: Final = "%Y%m%dT%H:%M:%SZ"
 
 
 class Field(NamedTuple):
-    """A field of a class: type as published ("VDI ref set"), qualifier (RW, RO/runtime, RO/constructor)."""
+    """A field of a class: type as published ("VDI ref set"), qualifier (RW, RO/runtime, RO/constructor).
+
+    ``required``: a constructor's record must have it.
+    """
 
     type: str
     qualifier: str
+    required: bool
     default: Value
 
 
@@ -61,8 +65,8 @@ def classes() -> Mapping[str, Class]:
     return {
         name: Class(
             fields={
-                key: Field(kind, qualifier, _value(kind, default))
-                for key, (kind, qualifier, default) in cls["fields"].items()
+                key: Field(kind, qualifier, required, _value(kind, default))
+                for key, (kind, qualifier, required, default) in cls["fields"].items()
             },
             messages={
                 key: Message(role, result, implicit, tuple(Parameter(*param) for param in params))

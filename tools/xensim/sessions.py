@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hmac
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Final
 
+from . import schema
 from .failures import Failure
+from .schema import NULL
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,9 +48,10 @@ class User:
 class Sessions:
     """All sessions of the pool."""
 
-    def __init__(self, world: World, users: Mapping[str, User]) -> None:
+    def __init__(self, world: World, users: Mapping[str, User], subjects: Mapping[str, Ref]) -> None:
         self._world = world
         self._users = users
+        self._subjects = subjects
         self._sessions: dict[Ref, Session] = {}
 
     def login(self, name: str, password: str, originator: str) -> Ref:
@@ -67,6 +71,8 @@ class Sessions:
                 last_active=world.clock.now(),
                 is_local_superuser=user.role == "root",
                 auth_user_name=name,
+                subject=self._subjects.get(name, NULL),
+                rbac_permissions=_permissions(user.role) if user.role != "root" else [],
                 originator=originator,
             )
             self._sessions[ref] = Session(ref, name, user.role, originator, world.clock.monotonic())
@@ -108,6 +114,17 @@ class Sessions:
 
     def _busy(self, ref: Ref) -> bool:
         return self._world.tasks.pending_of(ref)
+
+
+@cache
+def _permissions(role: str) -> list[str]:
+    """The names of all calls a role may make, as XAPI gives them to a session of a directory user."""
+    return [
+        f"{cls}.{name}".lower()
+        for cls, known in schema.classes().items()
+        for name, message in known.messages.items()
+        if schema.allows(role, message.role)
+    ]
 
 
 def _group(session: Session) -> tuple[tuple[str, str], int]:

@@ -62,6 +62,10 @@ class Task:
         status = "cancelled" if failure.code == "TASK_CANCELLED" else "failure"
         self._finish(status=status, progress=1.0, error_info=failure.description)
 
+    def end(self, status: str) -> None:
+        """Somebody declares it over: success, failure or cancelled."""
+        self._finish(status=status)
+
     def _finish(self, **fields: Value) -> None:
         if self.ended is None:
             self.ended = self._world.clock.monotonic()
@@ -119,8 +123,8 @@ class Tasks:
 
     def start(self, ctx: Context, method: str, args: Sequence[Value]) -> Ref:
         """``Async.method``: runs in a thread; returns the task's reference. Raises Failure for unknown calls."""
-        found = calls.find(method)
-        if found is None or not found.asynchronous:
+        found, _ = calls.prepare(ctx, method, args)
+        if not found.asynchronous:
             raise Failure("MESSAGE_METHOD_UNKNOWN", f"Async.{method}")
         task = self.create(ctx, f"Async.{method}")
         name = f"task {method}"

@@ -32,6 +32,7 @@ class Call(NamedTuple):
     run: Callable[..., Value | None]
     params: tuple[Parameter, ...]
     result: str
+    session: bool  # called with one
     asynchronous: bool
 
 
@@ -56,7 +57,7 @@ def call(
             params = tuple(Parameter(name.name, "any", name.default is name.empty) for name in names)
             result = "any"
         assert method not in _CALLS, method
-        _CALLS[method] = Call(method, role, run, params, result, asynchronous=session)
+        _CALLS[method] = Call(method, role, run, params, result, session, asynchronous=session)
         return run
 
     return register
@@ -77,12 +78,12 @@ def find(method: str) -> Call | None:
     """The implementation of ``Class.name``, registered or generic."""
     found = _CALLS.get(method) or _GENERIC.get(method)
     if found is None and (plain := generic.find(method)):
-        found = _GENERIC[method] = Call(*plain, asynchronous=False)
+        found = _GENERIC[method] = Call(*plain, session=True, asynchronous=False)
     return found
 
 
-def execute(ctx: Context, method: str, args: Sequence[Value]) -> Value:
-    """A call from outside: existence, parameters, role, then ``invoke``. Raises Failure."""
+def prepare(ctx: Context, method: str, args: Sequence[Value]) -> tuple[Call, list[Value]]:
+    """The implementation of a call from outside and its arguments, converted. Raises Failure."""
     release = ctx.world.release
     found = find(method)
     if found is None or method in release.missing:
@@ -91,8 +92,14 @@ def execute(ctx: Context, method: str, args: Sequence[Value]) -> Value:
     least = sum(param.required for param in found.params)
     if not least <= len(args) <= most:
         raise Failure("MESSAGE_PARAMETER_COUNT_MISMATCH", method, str(most), str(len(args)))
+    pairs = zip(found.params, args, strict=False)
+    return found, [wire.convert(param.type, value, param.name) for param, value in pairs]
+
+
+def execute(ctx: Context, method: str, args: Sequence[Value]) -> Value:
+    """A call from outside: existence, parameters, role, then ``invoke``. Raises Failure."""
+    found, converted = prepare(ctx, method, args)
     ctx.require(found.role, method.lower())
-    converted = [wire.convert(param.type, value, param.name) for param, value in zip(found.params, args, strict=False)]
     return invoke(ctx, method, converted)
 
 

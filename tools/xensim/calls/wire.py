@@ -11,7 +11,9 @@ from .. import schema
 from ..failures import Failure
 
 if TYPE_CHECKING:
-    from ..schema import Value
+    from collections.abc import Collection
+
+    from ..schema import Record, Value
 
 _MAP = re.compile(r"\((.+?) -> (.+)\) map")
 
@@ -22,6 +24,17 @@ def convert(kind: str, value: Value, name: str) -> Value:
         return _convert(kind, value)
     except (ValueError, TypeError) as exc:
         raise Failure("FIELD_TYPE_ERROR", name) from exc
+
+
+def constructor(cls: str, record: Mapping[str, Value], *, optional: Collection[str] = ()) -> Record:
+    """The fields a constructor may set, out of a converted record. Raises Failure FIELD_TYPE_ERROR [field] if one of
+    the fields without published default is missing, but for those in ``optional``.
+    """
+    known = schema.classes()[cls].fields
+    for name, field in known.items():
+        if field.required and name not in record and name not in optional:
+            raise Failure("FIELD_TYPE_ERROR", name)
+    return {name: value for name, value in record.items() if known[name].qualifier != "RO/runtime"}
 
 
 def _convert(kind: str, value: Value) -> Value:
