@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from ipaddress import IPv6Address
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from xbfs_engine.core.errors import UsageError
@@ -11,6 +13,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 HTTPS_PORT: Final = 443
+
+_ADDRESS: Final = re.compile(
+    r"(?:(?P<bare>[0-9A-Fa-f.]*:[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(?:%[\w.-]+)?)"
+    r"|(?:\[(?P<v6>[0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|(?P<name>[\w.-]+))(?::(?P<port>[0-9]{1,5}))?)/?",
+    re.ASCII,
+)
 
 
 class Address(NamedTuple):
@@ -32,20 +40,21 @@ class Address(NamedTuple):
         scheme, separator, rest = text.strip().rpartition("://")
         if separator and scheme.lower() != "https":
             raise UsageError(f"{text}: hosts are reached by https only", hint="give https://HOST, or HOST alone")
-        rest = rest.removesuffix("/")
-        host, found = rest, ""
-        if rest.startswith("["):
-            host, _, tail = rest[1:].partition("]")
-            found = tail.removeprefix(":")
-            rest = "" if tail and not tail.startswith(":") else rest
-        elif rest.count(":") == 1:
-            host, _, found = rest.partition(":")
-        if found:
-            port = int(found) if found.isascii() and found.isdigit() and len(found) <= 5 else 0
-        plain = host.isascii() and all(char.isalnum() or char in "-._:%" for char in host)
-        if not rest or not host or not plain or not 0 < port < 1 << 16:
+        match = _ADDRESS.fullmatch(rest)
+        host = match["v6"] or match["bare"] or match["name"] if match else ""
+        if match and match["port"]:
+            port = int(match["port"])
+        if not host or (":" in host and not _is_ipv6(host)) or not 0 < port < 1 << 16:
             raise UsageError(f"{text!r} is not the address of a host", hint="give https://HOST[:PORT], or HOST alone")
         return cls(host, port)
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        IPv6Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

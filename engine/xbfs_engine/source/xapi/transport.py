@@ -63,34 +63,36 @@ class Link:
 
         Raises Refused, CallBroken, PoolUnreachable (nothing was sent), PinMismatch, PoolError.
         """
+        wire = [to_wire(argument) for argument in arguments]
         with self._guard.using(self.close):
-            return self._call(method, [to_wire(argument) for argument in arguments], timeout_s)
+            try:
+                return self._value(method, self._call(method, wire, timeout_s))
+            except Refused:
+                raise
+            except BaseException:
+                self.close()
+                raise
 
-    def _call(self, method: str, wire: Sequence[object], timeout_s: float) -> XapiValue:
+    def _call(self, method: str, wire: Sequence[object], timeout_s: float) -> object:
         self._transport.timeout_s = timeout_s
         remote = cast("Callable[..., object]", getattr(self._proxy, method))
         try:
-            reply = remote(*wire)
+            return remote(*wire)
         except XbfsError:
-            self.close()
             raise
         except xmlrpc.client.Fault as exc:
             raise PoolError(f"{method}: {self.address} answered {str(exc.faultString)[:200]}", hint=_NOT_XAPI) from exc
         except xmlrpc.client.ProtocolError as exc:
-            self.close()
             raise _bad_status(self.address, method, exc) from exc
         except (OSError, http.client.HTTPException) as exc:
-            self.close()
             raise _broken(self.address, method, exc) from exc
         except Exception as exc:  # the parser's many ways to choke on what is no XML-RPC
-            self.close()
             raise PoolError(f"{method}: the answer of {self.address} is not XML-RPC", hint=_NOT_XAPI) from exc
-        return self._value(method, reply)
 
     def is_stale(self) -> bool:
         """Whether the host closed an idle connection, or sent what nobody asked for."""
         sock = self._transport.socket
-        if sock is None:
+        if sock is None or sock.fileno() < 0:
             return False
         poll = select.poll()
         poll.register(sock.fileno(), select.POLLIN)
@@ -128,7 +130,7 @@ class _Transport(xmlrpc.client.Transport):
 
     @property
     def socket(self) -> socket.socket | None:
-        return cast("socket.socket | None", self._http.sock)
+        return self._http.pinned
 
     def close(self) -> None:
         self._http.close()
@@ -145,9 +147,17 @@ class _Transport(xmlrpc.client.Transport):
             self._http.connect()
             self._guard.check()
         self._http.sock.settimeout(self.timeout_s)
-        return self.single_request(host, handler, request_body, verbose)  # type: ignore[arg-type]
+        self.send_request(host, handler, request_body, verbose)  # type: ignore[arg-type]
+        response = self._http.getresponse()
+        try:
+            if response.status != 200:
+                raise xmlrpc.client.ProtocolError(handler, response.status, response.reason, {})
+            return self._parse(response)
+        finally:
+            # A connection that ends with its answer lives as long as this.
+            response.close()
 
-    def parse_response(self, response: http.client.HTTPResponse) -> object:  # type: ignore[override]
+    def _parse(self, response: http.client.HTTPResponse) -> object:
         """The reply, read to its end so that the connection can be used again."""
         if (response.length or 0) > REPLY_BYTES_MAX:
             raise _too_long()
@@ -157,14 +167,17 @@ class _Transport(xmlrpc.client.Transport):
         parser.EndElementHandler = unmarshaller.end
         parser.CharacterDataHandler = unmarshaller.data
         parser.StartDoctypeDeclHandler = _no_doctype
-        unmarshaller.xml("utf-8", None)
+        unmarshaller.xml("", None)  # expat hands out str: nothing is left to decode
         total = 0
         while piece := response.read(_READ_SIZE):
             total += len(piece)
             if total > REPLY_BYTES_MAX:
                 raise _too_long()
             parser.Parse(piece, False)
-        parser.Parse(b"", True)
+        try:
+            parser.Parse(b"", True)
+        except expat.ExpatError as exc:
+            raise http.client.IncompleteRead(b"") from exc
         return unmarshaller.close()
 
 
@@ -173,9 +186,11 @@ class _Connection(http.client.HTTPConnection):
         super().__init__(address.host, address.port)
         self._address = address
         self._pins = pins
+        self.pinned: socket.socket | None = None
+        """The last connection, also while http.client has handed it over to a response."""
 
     def connect(self) -> None:
-        self.sock = connect(self._address, self._pins, timeout_s=_CONNECT_S)
+        self.sock = self.pinned = connect(self._address, self._pins, timeout_s=_CONNECT_S)
 
 
 def _broken(address: Address, method: str, exc: OSError | http.client.HTTPException) -> PoolError:

@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from xbfs_engine.core.errors import CertificateRejected, PoolUnreachable
 
@@ -68,10 +69,10 @@ def parse_fingerprint(text: str) -> str:
 def fingerprint_of_pem(pem: str) -> str:
     """The fingerprint of the first certificate in ``pem``. Raises CertificateRejected."""
     try:
-        der = ssl.PEM_cert_to_DER_cert(_first_certificate(pem[:_PEM_MAX]))
+        certificate = x509.load_pem_x509_certificate(_first_certificate(pem[:_PEM_MAX]))
     except ValueError as exc:
         raise CertificateRejected("a host's certificate can not be decoded", hint="") from exc
-    return fingerprint(der)
+    return fingerprint(certificate.public_bytes(Encoding.DER))
 
 
 def connect(address: Address, pins: Mapping[str, str], *, timeout_s: float) -> ssl.SSLSocket:
@@ -129,12 +130,12 @@ def _shown(connection: ssl.SSLSocket) -> str:
     return fingerprint(der) if der else ""
 
 
-def _first_certificate(pem: str) -> str:
+def _first_certificate(pem: str) -> bytes:
     start = pem.find(ssl.PEM_HEADER)
     end = pem.find(ssl.PEM_FOOTER, start)
     if start < 0 or end < 0:
         raise ValueError("no certificate")
-    return pem[start : end + len(ssl.PEM_FOOTER)]
+    return pem[start : end + len(ssl.PEM_FOOTER)].encode("ascii")
 
 
 def _reason(exc: OSError | UnicodeError) -> str:
