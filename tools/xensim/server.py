@@ -7,10 +7,12 @@ import binascii
 import contextlib
 import http.client
 import importlib
+import pkgutil
 import socket
 import ssl
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 from urllib.parse import parse_qsl, urlsplit
 
@@ -33,7 +35,6 @@ _MAX_BODY: Final = 64 << 20
 _BUFFER: Final = 1 << 18
 _JSON_PATHS: Final = frozenset({"/jsonrpc", "/json"})
 _RPC_PATHS: Final = frozenset({"/", "/RPC2"}) | _JSON_PATHS
-_HANDLERS: Final = ("http_raw", "http_metadata")
 
 
 class HostServer:
@@ -55,8 +56,9 @@ class HostServer:
 
     def start(self) -> None:
         """Accept in a thread."""
-        for name in _HANDLERS:
-            importlib.import_module(f".{name}", __package__)
+        for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+            if module.name.startswith("http_"):
+                importlib.import_module(f".{module.name}", __package__)
         threading.Thread(target=self._accept, name=f"accept {self._node.name}", daemon=True).start()
 
     def close(self) -> None:

@@ -77,7 +77,7 @@ def _roles(world: World, document: Document) -> None:
     db = world.db
     roles = {name: db.create("role", name_label=name) for name in ROLES if name != "root"}
     users = {"root": User("root", str(document.get("root_password", ROOT_PASSWORD)), "root")}
-    subjects = {}
+    subjects: dict[str, Ref] = {}
     for entry in document.get("users", []):
         user = User(entry["name"], entry["password"], entry.get("role"))
         users[user.name] = user

@@ -62,8 +62,14 @@ def create(ctx: Context, args: Record) -> Ref:
 @call("VM.destroy", role="vm-admin")
 def destroy(ctx: Context, vm: Ref) -> None:
     """Remove a VM or a snapshot of one; its VDIs stay."""
+    with operation(ctx, vm, "destroy", states=("Halted",)):
+        remove(ctx, vm)
+
+
+def remove(ctx: Context, vm: Ref) -> None:
+    """The record of a VM and of its parts, unasked."""
     db = ctx.db
-    with operation(ctx, vm, "destroy", states=("Halted",)), db.lock:
+    with db.lock:
         for cls, field in (("VBD", "VBDs"), ("VIF", "VIFs"), ("VTPM", "VTPMs"), ("console", "consoles")):
             for ref in db.refs(vm, field):
                 ctx.world.vtpm_contents.pop(ref, None)
