@@ -169,7 +169,7 @@ async def import_raw(
     # A body can not be sent again after a redirect: the right host is asked for before, and xapi answers before it
     # reads the body, so that a redirect that comes all the same costs nothing.
     host = await _host_of_disk(pool, vdi_ref)
-    async with own_task(pool, "import disk") as task, _judged(pool, task, what):
+    async with own_task(pool, "import disk") as task:
         query = {"vdi": vdi_ref, "task_id": task, "format": "raw" if chunked else format}
         request = _Request(
             "PUT",
@@ -177,13 +177,14 @@ async def import_raw(
             query | ({"chunked": "true"} if chunked else {}),
             () if length is None else (("Content-Length", str(length)),),
         )
-        async with _exchange(pool, request, host, what, timeout_s) as (wire, _):
+        async with _judged(pool, task, what), _exchange(pool, request, host, what, timeout_s) as (wire, _):
             sink = RawSink(wire, chunked=chunked)
             yield sink
-            if length is not None and sink.sent_bytes != length:
-                raise TransferFailed(f"{what}: {sink.sent_bytes} of {length} bytes were sent", hint="")
-            await trio.to_thread.run_sync(sink.end, abandon_on_cancel=True)
-            await wait_for(pool, task, what, timeout_s=timeout_s)
+            if sink.sent_bytes == (length or 0):
+                await trio.to_thread.run_sync(sink.end, abandon_on_cancel=True)
+                await wait_for(pool, task, what, timeout_s=timeout_s)
+                return
+        raise TransferFailed(f"{what}: {sink.sent_bytes} of {length} bytes were sent", hint="")
 
 
 async def export_metadata(pool: Pool, vm_ref: Ref) -> bytes:

@@ -69,13 +69,13 @@ class Wire:
 
     def send(self, parts: Sequence[Buffer]) -> None:
         """Send all of ``parts``. Raises TransferFailed."""
-        with self._guard.using(self._close), self._translated("send"):
+        with self._translated("send"), self._guard.using(self._close):
             for part in parts:
                 self._open().sendall(part)
 
     def read_into(self, view: memoryview) -> int:
         """Fill ``view``, of bytes; fewer come only at the end of the stream. Raises TransferFailed."""
-        with self._guard.using(self._close), self._translated("receive"):
+        with self._translated("receive"), self._guard.using(self._close):
             done = min(len(self._rest), len(view))
             view[:done] = self._rest[:done]
             self._rest = self._rest[done:]
