@@ -93,7 +93,10 @@ def test_zero_length(image: RandomAccess) -> None:
 def test_read_cached_is_read_at_or_nothing(image: RandomAccess, whole: bytes) -> None:
     for offset, length in ranges(image.size_bytes):
         image.read_at(offset, length)
+        assert b"".join(image.parts_at(offset, length)) == whole[offset : offset + length]
+        parts = image.parts_cached(offset, length)
         cached = image.read_cached(offset, length)
+        assert (None if parts is None else b"".join(parts)) == (None if cached is None else bytes(cached))
         assert cached is None or bytes(cached) == whole[offset : offset + length], (offset, length)
 
 

@@ -67,6 +67,13 @@ class MemoryDisk:
             offset += take
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def parts_at(self, offset: int, length: int) -> list[bytes]:
+        return [self.read_at(offset, length)]
+
+    def parts_cached(self, offset: int, length: int) -> list[bytes | memoryview] | None:
+        data = self.read_cached(offset, length)
+        return None if data is None else [data]
+
     def read_cached(self, offset: int, length: int) -> bytes | memoryview | None:
         end = min(offset + length, self._size)
         if any(offset < (number + 1) * CHUNK and number * CHUNK < end for number in self.cold):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.disks import CHUNK, VHD_BLOCK, MemoryDisk, dynamic_vhd, fixed_vhd
-from xbfs.view.base import Extent
+from xbfs.view.base import Extent, joined
 from xbfs.view.synthetic import SyntheticImage
 from xbfs_engine.core.errors import ChunkCorrupt
 from xbfs_engine.formats.raw import RawLayout
@@ -26,13 +26,19 @@ class OneBuffer:
     buffer = bytes(range(256)) * (CHUNK // 256)
     cached = memoryview(buffer)
 
-    def read_at(self, offset: int, length: int) -> bytes:
+    def parts_at(self, offset: int, length: int) -> list[bytes]:
         assert (offset, length) == (0, CHUNK)
-        return self.buffer
+        return [self.buffer]
+
+    def parts_cached(self, offset: int, length: int) -> list[memoryview]:
+        assert (offset, length) == (0, CHUNK)
+        return [self.cached]
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        return joined(self.parts_at(offset, length))
 
     def read_cached(self, offset: int, length: int) -> memoryview:
-        assert (offset, length) == (0, CHUNK)
-        return self.cached
+        return self.parts_cached(offset, length)[0]
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         yield Extent(offset, length, True)
@@ -41,6 +47,8 @@ class OneBuffer:
 def test_one_disk_extent_is_the_disks_own_buffer() -> None:
     disk = OneBuffer()
     image = SyntheticImage(RawLayout(CHUNK), disk)
+    assert image.parts_at(0, CHUNK)[0] is disk.buffer
+    assert image.parts_cached(0, CHUNK) == [disk.cached]
     assert image.read_at(0, CHUNK) is disk.buffer
     assert image.read_cached(0, CHUNK) is disk.cached
 
@@ -62,7 +70,7 @@ def test_a_cold_chunk_makes_only_its_ranges_uncached() -> None:
 
 def test_damage_of_the_disk_reaches_the_reader() -> None:
     class Damaged(MemoryDisk):
-        def read_at(self, offset: int, length: int) -> bytes:
+        def parts_at(self, offset: int, length: int) -> list[bytes]:
             raise ChunkCorrupt(f"chunk at {offset}")
 
     image = fixed_vhd(Damaged(VHD_BLOCK, {}))

@@ -33,10 +33,11 @@ from xbfs_engine.core.errors import StorageTimeout, XbfsError
 from xbfs_engine.core.log import Logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from xbfs.fuse.files import OpenFiles
     from xbfs.vfs.handles import ImageHandle
+    from xbfs.view.base import Part
     from xbfs_engine.core.runtime import Clock
 
 THREADS_MAX: Final = 64
@@ -160,9 +161,9 @@ class DataPlane:
                 handle, offset, length = read_in(buffer, wire.IN_HEADER.size)
                 image = images.get(handle)
                 if image is not None:
-                    data = image.read_cached(offset, length)
-                    if data is not None:
-                        self._answer(unique, data)
+                    parts = image.parts_cached(offset, length)
+                    if parts is not None:
+                        self._answer(unique, parts)
                     elif not self._read(unique, image, offset, length):
                         return
                     continue
@@ -178,7 +179,7 @@ class DataPlane:
             text = self._files.texts.get(handle)
             if text is None:
                 return False
-            self._answer(unique, text[offset : offset + length])
+            self._answer(unique, (text[offset : offset + length],))
         elif opcode == wire.LSEEK:
             handle, offset, whence = wire.LSEEK_IN.unpack_from(request, wire.IN_HEADER.size)
             image = self._files.images.get(handle)
@@ -188,7 +189,7 @@ class DataPlane:
             if position is None:
                 self._refuse(unique, errno.ENXIO)
             else:
-                self._answer(unique, wire.LSEEK_OUT.pack(position))
+                self._answer(unique, (wire.LSEEK_OUT.pack(position),))
         elif opcode == wire.INTERRUPT:
             # The kernel then sends no more of them. libfuse would wait for a request that it never sees.
             self._refuse(unique, errno.ENOSYS)
@@ -218,10 +219,10 @@ class DataPlane:
             return
         image, offset, size, _ = waiting
         problem: XbfsError | None = None
-        data: bytes | memoryview = b""
+        parts: Sequence[Part] = ()
         code = 0
         try:
-            data = image.read_now(offset, size)
+            parts = image.parts_now(offset, size)
         except BlobStalled as exc:
             exc.park(lambda: self._resume(unique))
             return
@@ -233,7 +234,7 @@ class DataPlane:
         if self._waiting.pop(unique, None) is None:
             return
         if code == 0:
-            self._answer(unique, data)
+            self._answer(unique, parts)
             return
         self._refuse(unique, code)
         if problem is not None:
@@ -257,9 +258,10 @@ class DataPlane:
                 problem = StorageTimeout(f"no answer from the storage within {self._deadline_s:g} s")
                 waiting.image.failed(waiting.offset, waiting.size, problem)
 
-    def _answer(self, unique: int, data: bytes | memoryview) -> None:
+    def _answer(self, unique: int, parts: Sequence[Part]) -> None:
+        size = sum(map(len, parts))
         with suppress(OSError):  # whoever asked is gone
-            os.writev(self._device, (wire.answer(unique, len(data)), data))
+            os.writev(self._device, (wire.answer(unique, size), *parts))
 
     def _refuse(self, unique: int, code: int) -> None:
         with suppress(OSError):

@@ -1,7 +1,7 @@
 """Open files: reading an image, noticing that it is read in order, and reading ahead.
 
 Owns what an open file remembers between reads. Any thread may read: ``read`` is for an event loop and decodes in the
-pool's threads, ``read_now`` decodes in the caller's.
+pool's threads, ``parts_now`` decodes in the caller's.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from xbfs_engine.core.errors import XbfsError
 from xbfs_engine.core.limits import MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from xbfs.vfs.images import DiskImage
     from xbfs.vfs.pool import ReadPool
+    from xbfs.view.base import Part
 
 NEAR_BYTES: Final = 4 * MIB
 """Reads this close to where the last one ended still go on in order: kernel and qemu send several at once."""
@@ -61,6 +62,20 @@ class ImageHandle:
 
     def read_cached(self, offset: int, size: int) -> bytes | memoryview | None:
         """The bytes of [offset, offset+size), clipped at the end, if they are in memory; must come before ``read``."""
+        self._notice(offset, size)
+        return self._access.read_cached(offset, size)
+
+    def parts_cached(self, offset: int, size: int) -> Sequence[Part] | None:
+        """``read_cached`` in pieces; must come before ``parts_now``."""
+        self._notice(offset, size)
+        return self._access.parts_cached(offset, size)
+
+    def parts_now(self, offset: int, size: int) -> Sequence[Part]:
+        """The same from storage, if need be, in this thread. Raises IntegrityError, StorageError; tells nobody."""
+        return self._access.parts_at(offset, size)
+
+    def _notice(self, offset: int, size: int) -> None:
+        """Read ahead if reads come in order."""
         if -NEAR_BYTES <= offset - self._next <= NEAR_BYTES:
             self._streak += 1
             if self._streak >= STREAK_MIN and self._lock.acquire(blocking=False):
@@ -72,11 +87,6 @@ class ImageHandle:
             self._streak = 0
             self._window = 0
         self._next = offset + size
-        return self._access.read_cached(offset, size)
-
-    def read_now(self, offset: int, size: int) -> bytes:
-        """The same, from storage if need be, in this thread. Raises IntegrityError, StorageError; tells nobody."""
-        return self._access.read_at(offset, size)
 
     def seek(self, offset: int, *, data: bool) -> int | None:
         """Where data, or else a hole, begins at or behind ``offset``; None if there is none (lseek(2), ENXIO)."""

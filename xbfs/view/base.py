@@ -9,7 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+
+Part = bytes | memoryview
+"""A piece of an answer: a view of cached bytes where possible."""
+
+
+def joined(parts: Sequence[Part]) -> bytes:
+    """The pieces as one."""
+    return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
 
 
 class Extent(NamedTuple):
@@ -37,6 +46,14 @@ class RandomAccess(Protocol):
 
     def read_cached(self, offset: int, length: int) -> bytes | memoryview | None:
         """The same bytes if no storage access and no decoding is needed, else None. Never blocks, never raises."""
+        ...
+
+    def parts_at(self, offset: int, length: int) -> Sequence[Part]:
+        """``read_at`` in pieces, not copied together: what writev(2) takes. At most one for each chunk or segment."""
+        ...
+
+    def parts_cached(self, offset: int, length: int) -> Sequence[Part] | None:
+        """``read_cached`` in pieces."""
         ...
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:

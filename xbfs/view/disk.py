@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from xbfs.view.base import Extent
+from xbfs.view.base import Extent, joined
 from xbfs_engine.core.errors import IntegrityError, MapCorrupt
 from xbfs_engine.core.limits import CHUNK_SIZE_MAX, LEAF_FANOUT, MIB
 
@@ -56,15 +56,19 @@ class PointDisk:
 
         Raises IntegrityError, whose message names the first byte of the disk that can not be read, or StorageError.
         """
+        return joined(self.parts_at(offset, length))
+
+    def parts_at(self, offset: int, length: int) -> list[memoryview]:
+        """``read_at`` in pieces, one for each chunk; they are views of what the cache holds. Raises the same."""
         end = min(offset + length, self._size)
         position = offset // self._chunk_size
         if offset < end <= (position + 1) * self._chunk_size:
-            return bytes(self._slice(self._chunk(position), position, offset, end))
-        parts: list[Buffer] = []
+            return [self._slice(self._chunk(position), position, offset, end)]
+        parts: list[memoryview] = []
         for first, last in self._batches(offset, end):
             chunks = self._chunks(first, last)
             parts += [self._slice(chunks.get(position), position, offset, end) for position in range(first, last)]
-        return b"".join(parts)
+        return parts
 
     def warm(self, offset: int, length: int) -> None:
         """Decode what [offset, offset+length) needs into the cache. May block; raises as ``read_at``."""
@@ -73,11 +77,19 @@ class PointDisk:
 
     def read_cached(self, offset: int, length: int) -> bytes | memoryview | None:
         """The same bytes if all map nodes and chunks are in memory, else None. Never blocks, never raises."""
+        parts = self.parts_cached(offset, length)
+        if parts is None:
+            return None
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def parts_cached(self, offset: int, length: int) -> list[memoryview] | None:
+        """``read_cached`` in pieces, one for each chunk."""
         size = self._chunk_size
         position = offset // size
         start = offset - position * size
         if start + length <= size and offset + length <= self._size:
-            return self._cached(position, start, start + length)
+            part = self._cached(position, start, start + length)
+            return None if part is None else [part]
         end = min(offset + length, self._size)
         parts: list[memoryview] = []
         while offset < end:
@@ -89,7 +101,7 @@ class PointDisk:
             offset += stop - start
             position += 1
             start = 0
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return parts
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Alternating data and hole extents, exact to a chunk, clipped at the end. May block."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from xbfs.view.base import Extent
+from xbfs.view.base import Extent, joined
 from xbfs_engine.formats.segments import DiskExtent, Literal, Segment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from xbfs.view.base import RandomAccess
+    from xbfs.view.base import Part, RandomAccess
     from xbfs_engine.formats.segments import Layout
 
 
@@ -35,29 +35,41 @@ class SyntheticImage:
     def read_at(self, offset: int, length: int) -> bytes:
         """The bytes of [offset, offset+length), clipped at the end. May block.
 
-        Raises what reading the disk raises. A range inside one disk extent is the disk's own buffer.
+        Raises what reading the disk raises.
         """
-        parts: list[bytes] = []
-        for segment in self._layout.segments(offset, length):
-            if isinstance(segment, DiskExtent):
-                parts.append(self._disk.read_at(segment.offset, segment.length))
-                assert len(parts[-1]) == segment.length
-            else:
-                parts.append(_own_bytes(segment))
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return joined(self.parts_at(offset, length))
 
     def read_cached(self, offset: int, length: int) -> bytes | memoryview | None:
         """The same bytes if the disk has all it must give cached, else None. Never blocks, never raises."""
-        parts: list[bytes | memoryview] = []
+        parts = self.parts_cached(offset, length)
+        if parts is None:
+            return None
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def parts_at(self, offset: int, length: int) -> list[Part]:
+        """``read_at`` in pieces: the disk's own, and one for each other segment."""
+        parts: list[Part] = []
         for segment in self._layout.segments(offset, length):
             if isinstance(segment, DiskExtent):
-                data = self._disk.read_cached(segment.offset, segment.length)
-                if data is None:
-                    return None
-                parts.append(data)
+                found = self._disk.parts_at(segment.offset, segment.length)
+                assert sum(map(len, found)) == segment.length
+                parts += found
             else:
                 parts.append(_own_bytes(segment))
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return parts
+
+    def parts_cached(self, offset: int, length: int) -> list[Part] | None:
+        """``read_cached`` in pieces."""
+        parts: list[Part] = []
+        for segment in self._layout.segments(offset, length):
+            if isinstance(segment, DiskExtent):
+                found = self._disk.parts_cached(segment.offset, segment.length)
+                if found is None:
+                    return None
+                parts += found
+            else:
+                parts.append(_own_bytes(segment))
+        return parts
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Alternating data and hole extents that cover [offset, offset+length), clipped at the end. May block."""
