@@ -6,6 +6,7 @@ Any thread may call it. Locks of the store may be taken with the lock of the dat
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ..failures import Failure
@@ -16,6 +17,7 @@ from .nbd import NbdServers
 from .store import DiskStore, Node, vhd_overhead
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from ..context import Context, World
@@ -74,9 +76,8 @@ class StorageManager:
             self._check_sharing(vdi, writable=writable, system=system)
             if host not in self.hosts(db.text(vdi, "SR")):
                 raise Failure("SR_NOT_ATTACHED", db.text(vdi, "SR"))
-            if writable and not self.writers(vdi) and not self.store.tracking.activate(db.text(vdi, "uuid")):
-                db.set(vdi, cbt_enabled=False)
-                self._world.alert("VDI_CBT_METADATA_INCONSISTENT", "VDI", vdi)
+            if writable and not self.writers(vdi):
+                self._activate(vdi)
             self._attached[vbd] = Attachment(vdi, host, writable, system)
             self.describe_use(vdi)
 
@@ -119,6 +120,24 @@ class StorageManager:
         db = self._db
         with db.lock:
             return [db.text(pbd, "host") for pbd in db.refs(sr, "PBDs") if db.flag(pbd, "currently_attached")]
+
+    @contextmanager
+    def written(self, vdi: Ref) -> Iterator[None]:
+        """dom0 writes a VDI: activated before and deactivated after, unless a guest has it open anyway."""
+        if self.writers(vdi):
+            yield
+            return
+        self._activate(vdi)
+        try:
+            yield
+        finally:
+            self.store.tracking.deactivate(self._db.text(vdi, "uuid"))
+
+    def _activate(self, vdi: Ref) -> None:
+        """Open for writing: a log that a crash left inconsistent ends here (SM, blktap2.py)."""
+        if not self.store.tracking.activate(self._db.text(vdi, "uuid")):
+            self._db.set(vdi, cbt_enabled=False)
+            self._world.alert("VDI_CBT_METADATA_INCONSISTENT", "VDI", vdi)
 
     def refuse_metadata(self, vdi: Ref) -> None:
         """Raises Failure VDI_INCOMPATIBLE_TYPE for what data_destroy has left."""
