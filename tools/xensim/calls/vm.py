@@ -133,7 +133,7 @@ def hard_shutdown(ctx: Context, vm: Ref) -> None:
         _stop(ctx, vm)
 
 
-@call("VM.shutdown", role="vm-power-admin")
+@call("VM.shutdown", role="vm-operator")
 def shutdown(ctx: Context, vm: Ref) -> None:
     """Cleanly if it can."""
     clean_shutdown(ctx, vm)
