@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from xbfs_engine.source.xapi.markers import slot_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from xbfs_engine.source.xapi.ledger import Item
     from xbfs_engine.source.xapi.values import Ref
+
+
+class LeftOut(NamedTuple):
+    """A disk that is not backed up. ``harmful``: VM.snapshot fails unless it is told to ignore the disk."""
+
+    number: int
+    vdi_ref: Ref
+    reason: str
+    harmful: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +40,31 @@ class VmDisk:
 
 
 @dataclass(frozen=True, slots=True)
+class ChosenVm:
+    """A VM that is backed up. ``backlog``: what its SRs still have to coalesce of its disks; empty when they are fit.
+
+    ``left_out``: disks with a VDI only, not CDs.
+    """
+
+    ref: Ref
+    uuid: str
+    name: str
+    disks: Sequence[VmDisk]
+    left_out: Sequence[LeftOut]
+    backlog: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
 class TakenDisk:
-    """A disk as the snapshot holds it. ``untracked``: why its changes are not tracked; None if they are."""
+    """A disk as the snapshot holds it. ``untracked``: why its changes are not tracked; None if they are.
+
+    ``item``: the snapshot's VDI in the ledger.
+    """
 
     disk: VmDisk
     snapshot_ref: Ref
     snapshot_uuid: str
+    item: Item
     size_bytes: int
     untracked: str | None
 
@@ -44,3 +77,32 @@ class TakenDisk:
     def vdi_uuid(self) -> str:
         """Of the VM's VDI, not of the snapshot."""
         return self.disk.vdi_uuid
+
+
+class Needless(NamedTuple):
+    """A snapshot VDI of a disk that is not backed up: old pools can not leave it out."""
+
+    ref: Ref
+    item: Item
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A snapshot VM of ours, and its VDIs. ``item``: the VM in the ledger."""
+
+    vm_ref: Ref
+    item: Item
+    disks: Sequence[TakenDisk]
+    needless: Sequence[Needless]
+
+
+class Bases(NamedTuple):
+    """Whose bases they are. ``previous``: by disk number, the base of the point before."""
+
+    repository_id: str
+    vm_uuid: str
+    previous: Mapping[int, str]
+
+    def slot(self, number: int) -> str:
+        """The slot of a disk."""
+        return slot_of(self.repository_id, self.vm_uuid, number)
