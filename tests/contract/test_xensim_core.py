@@ -7,60 +7,18 @@ import hashlib
 import http.client
 import json
 import ssl
-import time
-from contextlib import contextmanager
 
 import pytest
 import XenAPI
-from tests.support.xensim import BACKUP_USER, XenSimError, default_world, running_sim
 
-WAIT_S = 20.0
+from tests.support.xensim import BACKUP_USER, XenSimError, default_world, running_sim
+from tests.support.xensim_api import WAIT_S, ended, json_rpc, logged_in, refused
 
 
 @pytest.fixture
 def sim(tmp_path):
     with running_sim(default_world(), tmp_path / "sim") as running:
         yield running
-
-
-@contextmanager
-def logged_in(sim, user="root", password=None, originator="xbfs/test", host=None):
-    session = XenAPI.Session((host or sim.master).url, ignore_ssl=True)
-    try:
-        session.login_with_password(user, password or sim.root_password, "1.0", originator)
-        yield session.xenapi
-    finally:
-        session("close")()
-
-
-@contextmanager
-def refused(*details):
-    with pytest.raises(XenAPI.Failure) as caught:
-        yield caught
-    assert caught.value.details[: len(details)] == list(details)
-
-
-def json_rpc(host, method, *params, version="2.0"):
-    connection = http.client.HTTPSConnection(
-        host.address, host.port, context=ssl._create_unverified_context(), timeout=WAIT_S
-    )
-    body = {"method": method, "params": list(params), "id": 7} | ({"jsonrpc": "2.0"} if version == "2.0" else {})
-    try:
-        connection.request("POST", "/jsonrpc", json.dumps(body))
-        return json.loads(connection.getresponse().read())
-    finally:
-        connection.close()
-
-
-def ended(api, task):
-    """The record of a task that has ended, waited for with event.from."""
-    token, until = "", time.monotonic() + WAIT_S
-    while time.monotonic() < until:
-        record = api.task.get_record(task)
-        if record["status"] in {"success", "failure", "cancelled"}:
-            return record
-        token = getattr(api.event, "from")([f"task/{task}"], token, 30.0)["token"]
-    raise AssertionError("the task did not end")
 
 
 def test_hosts_present_the_announced_certificates(sim):
@@ -320,5 +278,5 @@ def test_http_wants_a_session_and_a_role(sim):
     assert status(f"/export_metadata?uuid={vm}", Cookie=f"session_id={viewer}") == 403
     assert status(f"/export_metadata?uuid={vm}", Authorization=f"Basic {basic}") == 200
     assert status(f"/nothing?uuid={vm}") == 404
-    assert status(f"/export_metadata?uuid=none", Authorization=f"Basic {basic}") == 500
+    assert status("/export_metadata?uuid=none", Authorization=f"Basic {basic}") == 500
     assert sim.dump("task")["task"] == []

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from tools.xensim import calls, make_schema, schema
 from tools.xensim.db import RELATIONS
 

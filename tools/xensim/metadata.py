@@ -210,10 +210,8 @@ class _Import:
         found = named or bridged
         if found:
             return found[0]
-        if key not in self.made_of:
-            name, bridge = str(record.get("name_label", "")), f"xapi{len(db.all('network'))}"
-            self.made_of[key] = self._make("network", name_label=name, bridge=bridge)
-        return self.made_of[key]
+        name, bridge = str(record.get("name_label", "")), f"xapi{len(db.all('network'))}"
+        return self._make("network", name_label=name, bridge=bridge)  # the next one finds it by its name
 
     def _host(self, key: str) -> Ref:
         uuid = str(self._all("host").get(key, {}).get("uuid", ""))

@@ -15,15 +15,12 @@ if TYPE_CHECKING:
 
     Found = tuple[str, str, Callable[..., Value | None], tuple[Parameter, ...], str]
 
-# Published setters that do more than store; without an implementation of their own they are unknown to the simulator.
-NOT_PLAIN: Final = frozenset({"VM.set_memory", "pool.set_default_SR"})
-
 
 def find(method: str) -> Found | None:
     """Name, role, implementation, parameters and result of a generic call, or None."""
     cls, _, name = method.partition(".")
     message = schema.message(method)
-    if message is None or method in NOT_PLAIN:
+    if message is None:
         return None
     run = _whole(cls, name) if message.implicit else None
     run = run or _of_field(cls, name, message)
