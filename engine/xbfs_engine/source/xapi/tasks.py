@@ -29,6 +29,12 @@ _log = Logger("xapi.tasks")
 _EVENT_WAIT_S: Final = 30.0
 _POLL_S: Final = 1.0
 _CLEAN_UP_S: Final = 10.0
+_SETTLE_S: Final = 5.0
+"""How long a cancelled task may take to end before it is destroyed: whoever cleans up wants its objects idle."""
+
+_SETTLE_TRANSFER_S: Final = 0.5
+"""The same for a transfer, whose connection is closed already; one that never reached its host ends by nothing."""
+
 _START_S: Final = 60.0
 _ENDED: Final = frozenset({"success", "failure", "cancelled"})
 _VALUE: Final = re.compile(r"\s*<value>\s*(?:<string>)?(.*?)(?:</string>)?\s*</value>\s*", re.DOTALL)
@@ -49,7 +55,7 @@ async def run_task(
     try:
         return await wait_for(xapi, task, method, timeout_s=timeout_s, progress=progress)
     finally:
-        await _discard(xapi, task)
+        await _discard(xapi, task, _SETTLE_S)
 
 
 @asynccontextmanager
@@ -63,7 +69,7 @@ async def own_task(xapi: Xapi, label: str) -> AsyncIterator[Ref]:
     try:
         yield task
     finally:
-        await _discard(xapi, task)
+        await _discard(xapi, task, _SETTLE_TRANSFER_S)
 
 
 async def wait_for(
@@ -134,12 +140,12 @@ async def _event(xapi: Xapi, task: Ref, token: str) -> str:
     return found
 
 
-async def _discard(xapi: Xapi, task: Ref) -> None:
+async def _discard(xapi: Xapi, task: Ref, settle_s: float) -> None:
     with trio.move_on_after(_CLEAN_UP_S, shield=True):
         try:
             if (await _record(xapi, task)).get("status") not in _ENDED:
                 await xapi.call("task.cancel", task)
-                await wait_for(xapi, task, "task.cancel", timeout_s=_CLEAN_UP_S / 2)
+                await wait_for(xapi, task, "task.cancel", timeout_s=settle_s)
         except PoolError as exc:
             _log.debug("task_cancelled", reason=exc.message)
         try:
