@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Final
 
 from xbfs_engine.catalog.catalog import Catalog
 from xbfs_engine.core.errors import PassphraseMissing, StorageError, UsageError
-from xbfs_engine.core.runtime import system_runtime
+from xbfs_engine.core.runtime import SystemClock, system_runtime
 from xbfs_engine.storage.files import make_directories
 from xbfs_engine.storage.local import LocalStorage
+from xbfs_engine.storage.watched import WatchedStorage
 from xbfs_engine.store.repository import CONFIGS, Repository, open_repository
 
 if TYPE_CHECKING:
@@ -25,14 +26,14 @@ if TYPE_CHECKING:
 _PASSPHRASE_FILE_MAX: Final = 64 * 1024
 
 
-def storage_of(arguments: argparse.Namespace) -> LocalStorage:
+def storage_of(arguments: argparse.Namespace) -> WatchedStorage:
     """The storage named by -r or XBFS_REPOSITORY. Raises UsageError."""
     place: str = getattr(arguments, "repository", None) or os.environ.get("XBFS_REPOSITORY", "")
     if not place:
         raise UsageError("no repository given", hint="name its directory with -r PATH or in XBFS_REPOSITORY")
     if "://" in place:
         raise UsageError(f"{place} is not a directory", hint="this release keeps repositories in local directories")
-    return LocalStorage(Path(place))
+    return WatchedStorage(LocalStorage(Path(place)), SystemClock())
 
 
 def repository_of(arguments: argparse.Namespace) -> Repository:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import trio
-
 from xbfs_engine.catalog.blockmap import NodeStore
 from xbfs_engine.catalog.mapwriter import MapWriter
 from xbfs_engine.catalog.restore_point import DiskRecord, RestorePoint, RunRecord
@@ -25,6 +23,7 @@ from xbfs_engine.ingest.pipeline import run_pipeline
 from xbfs_engine.ingest.planner import chunk_runs, grown_edge, plan
 from xbfs_engine.ingest.statistics import Progress, WorkerCounters, stage_seconds, total
 from xbfs_engine.ingest.worker import Worker
+from xbfs_engine.storage.waiting import in_thread, while_answering
 from xbfs_engine.store.reader import ChunkReader
 from xbfs_engine.store.session import WriteSession
 
@@ -94,14 +93,17 @@ class BackupRun:
 
     async def run(self) -> RestorePoint:
         """Back up and commit. Raises SourceError, StorageError, NoBasePoint, DiskShrunk; then no point exists."""
+        return await while_answering(self._repository.storage, self._run)
+
+    async def _run(self) -> RestorePoint:
         clock = self._repository.runtime.clock
         started_ns, started = clock.now_ns(), clock.monotonic_s()
-        await trio.to_thread.run_sync(self._prepare)
+        await in_thread(self._prepare)
         base = self._base_point()
         metadata = self._session.metadata_writer()
         jobs = sorted(self._request.disks, key=lambda job: job.number)
         disks = [await self._back_up_disk(job, base, metadata) for job in jobs]
-        await trio.to_thread.run_sync(metadata.finish)
+        await in_thread(metadata.finish)
         for job in self._request.disks:
             job.source.check_unchanged()
         point = RestorePoint(
@@ -122,7 +124,7 @@ class BackupRun:
             ),
             vm=self._request.vm,
         )
-        return await trio.to_thread.run_sync(self._catalog.commit, point)
+        return await in_thread(self._catalog.commit, point)
 
     def _prepare(self) -> None:
         numbers = [job.number for job in self._request.disks]
@@ -185,14 +187,14 @@ class BackupRun:
             carry=carry,
             chunks=-(-size // chunk_size),
         )
-        maps = await trio.to_thread.run_sync(open_map)
+        maps = await in_thread(open_map)
         data_map = DataMap(size, chunk_size, base.data_map.bits() if base and carry else b"")
         assembler = MapAssembler(maps, data_map)
         workers = [
             Worker(self._session, keys.chunk_id, chunk_size=chunk_size, level=parameters.compression_level)
             for _ in range(self._request.threads or min(THREADS_MAX, len(os.sched_getaffinity(0))))
         ]
-        planned, extents = await trio.to_thread.run_sync(_planned, job, base, chunk_size)
+        planned, extents = await in_thread(_planned, job, base, chunk_size)
         job.source.read_ahead(_reads(plan(extents(), size, chunk_size), size, chunk_size))
         counters = [worker.counters for worker in workers]
         await run_pipeline(
@@ -204,7 +206,7 @@ class BackupRun:
             carry=carry,
             report=lambda: self._tell(job, planned, counters),
         )
-        root = await trio.to_thread.run_sync(maps.finish)
+        root = await in_thread(maps.finish)
         return DiskRecord(
             number=job.number,
             name=job.name,

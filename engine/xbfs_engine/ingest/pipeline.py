@@ -15,6 +15,7 @@ import trio
 
 from xbfs_engine.ingest.assembler import WINDOW
 from xbfs_engine.ingest.statistics import Stage
+from xbfs_engine.storage.waiting import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -83,7 +84,8 @@ async def run_pipeline(
 ) -> None:
     """Process all segments; on return every chunk is in a durable pack and every leaf in the map.
 
-    Raises the first SourceError or StorageError of any worker. Cancellation stops the workers between segments.
+    Raises the first SourceError or StorageError of any worker. Cancellation stops the workers between segments and
+    gives up those that hang in a system call.
     """
     feed = _Feed(segments, assembler)
 
@@ -109,7 +111,7 @@ async def run_pipeline(
         nursery.start_soon(_watch, feed, report)
         async with trio.open_nursery() as threads:
             for worker in workers:
-                threads.start_soon(partial(trio.to_thread.run_sync, work, worker, limiter=limiter))
+                threads.start_soon(partial(in_thread, work, worker, limiter=limiter))
         feed.ended = True
         nursery.cancel_scope.cancel()
     report()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import trio
@@ -20,6 +21,7 @@ from xbfs_engine.core.errors import ChunkCorrupt, IntegrityError, StorageFull, T
 from xbfs_engine.core.limits import MIB
 from xbfs_engine.restore.batches import Batch, ChunkPart, batches
 from xbfs_engine.storage.files import AtomicOutput, storage_error
+from xbfs_engine.storage.waiting import in_thread, while_answering
 from xbfs_engine.store.reader import ChunkReader
 
 if TYPE_CHECKING:
@@ -85,8 +87,8 @@ async def export_image(
     with AtomicOutput(path, overwrite=overwrite) as output:
         output.set_size(layout.size_bytes)
         export = _Export(repository, point, disk, layout, _File(output), locator)
-        await export.run(threads, report, abandon=False)
-        await trio.to_thread.run_sync(output.commit)
+        await while_answering(repository.storage, partial(export.run, threads, report, abandon=False))
+        await in_thread(output.commit)
     return export.statistics()
 
 
@@ -108,7 +110,7 @@ async def stream_image(
     """
     stream = _Stream(fd)
     export = _Export(repository, point, disk, layout, stream, locator)
-    await export.run(threads, report, abandon=True)
+    await while_answering(repository.storage, partial(export.run, threads, report, abandon=True))
     try:
         await trio.to_thread.run_sync(stream.fill, layout.size_bytes, abandon_on_cancel=True)
     except trio.Cancelled:
@@ -234,6 +236,7 @@ class _Export:
                 return None if self._stopped else next(feed, None)
 
         limiter = trio.CapacityLimiter(threads)
+        in_a_thread = partial(trio.to_thread.run_sync, abandon_on_cancel=True) if abandon else in_thread
         try:
             async with trio.open_nursery() as nursery:
                 if report is not None:
@@ -242,9 +245,7 @@ class _Export:
                     workers.start_soon(self._stop_on_cancel)
                     async with trio.open_nursery() as pool:
                         for _ in range(threads):
-                            pool.start_soon(
-                                lambda: trio.to_thread.run_sync(work, limiter=limiter, abandon_on_cancel=abandon)
-                            )
+                            pool.start_soon(partial(in_a_thread, work, limiter=limiter))
                     self._finished = True
                     workers.cancel_scope.cancel()
                 nursery.cancel_scope.cancel()
@@ -279,6 +280,8 @@ class _Export:
                 parts.append((part.at, self._cut(part, next(chunks))))
             else:
                 parts.append((part.at, part.data))
+        if self._stopped:
+            return  # given up while it hung in a read: what it would write to may be another file by now
         self._sink.write(batch, parts)
         with self._lock:
             self._written += sum(memoryview(data).nbytes for _, data in parts)
