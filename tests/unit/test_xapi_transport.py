@@ -15,10 +15,12 @@ from xbfs_engine.source.xapi import transport
 from xbfs_engine.source.xapi.transport import CallBroken, Link, Refused
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Iterator
     from pathlib import Path
 
     from tests.support.xapi_fake import FakeHost
+    from xbfs_engine.source.xapi.config import Address
 
 STRUCT = b"<methodResponse><params><param><value><struct>%s</struct></value></param></params></methodResponse>"
 MEMBER = b"<member><name>%s</name><value>%s</value></member>"
@@ -182,6 +184,38 @@ def test_an_aborted_call_fails_at_once_and_closes_its_connection(host: FakeHost,
     with pytest.raises(PoolUnreachable):
         link.call("VM.start", ["s"], timeout_s=1)
     assert len(host.named("VM.start")) == 1
+
+
+def test_a_call_given_up_while_it_connects_is_never_sent(
+    host: FakeHost, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, until, really = threading.Event(), threading.Event(), transport.connect
+    made: list[ssl.SSLSocket] = []
+    failures: list[Exception] = []
+
+    def slow(address: Address, pins: dict[str, str], *, timeout_s: float) -> ssl.SSLSocket:
+        entered.set()
+        until.wait(10)
+        made.append(really(address, pins, timeout_s=timeout_s))
+        return made[0]
+
+    def call() -> None:
+        try:
+            link.call("VM.start", ["s"], timeout_s=10)
+        except PoolError as exc:
+            failures.append(exc)
+
+    monkeypatch.setattr(transport, "connect", slow)
+    thread = threading.Thread(target=call)
+    thread.start()
+    assert entered.wait(5)
+    link.abort()
+    until.set()
+    thread.join(5)
+    assert isinstance(failures[0], PoolUnreachable)
+    assert not isinstance(failures[0], CallBroken)
+    assert made[0].fileno() == -1
+    assert not host.received
 
 
 def test_a_connection_the_host_closed_is_seen(host: FakeHost, link: Link) -> None:

@@ -181,7 +181,7 @@ def failure(what: str, description: Sequence[str], *, secrets: Iterable[str] = (
             f"{what}: the user's role does not allow {permission}",
             hint=f"this needs the role {role_for(permission)}, or more",
         )
-    told = [text for text in params if text]
+    told = [" ".join(text.split()) for text in params if text]
     meaning = meaning_of(code)
     message = f"{what}: {meaning.text} ({' '.join([code, *told])})"
     return XapiFailure(message, code=code, params=params, hint=meaning.hint)
