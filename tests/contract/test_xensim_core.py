@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import json
 import ssl
+import time
 
 import pytest
 import XenAPI
@@ -59,6 +60,19 @@ def test_slaves_send_to_the_master_at_login_and_later(sim):
     sim.do("set_master", host=slave.name)
     assert json_rpc(slave, "VM.get_all", token)["result"]
     assert json_rpc(sim.hosts[0], "VM.get_all", token)["error"]["data"] == [slave.address]
+
+
+def test_host_that_is_offline_hangs_up(sim):
+    slave = sim.hosts[1]
+    sim.do("offline", host=slave.name)
+    with pytest.raises((http.client.HTTPException, OSError)):
+        json_rpc(slave, "pool.get_all", "")
+    with logged_in(sim) as api:
+        host = api.host.get_by_uuid(slave.uuid)
+        assert not api.host_metrics.get_live(api.host.get_metrics(host))
+        sim.do("offline", host=slave.name, value=False)
+        assert api.host_metrics.get_live(api.host.get_metrics(host))
+    assert json_rpc(slave, "pool.get_all", "")["error"]["message"] == "HOST_IS_SLAVE"
 
 
 def test_wrong_passwords_and_users_without_role(tmp_path):
@@ -279,4 +293,7 @@ def test_http_wants_a_session_and_a_role(sim):
     assert status(f"/export_metadata?uuid={vm}", Authorization=f"Basic {basic}") == 200
     assert status(f"/nothing?uuid={vm}") == 404
     assert status("/export_metadata?uuid=none", Authorization=f"Basic {basic}") == 500
-    assert sim.dump("task")["task"] == []
+    until = time.monotonic() + WAIT_S  # the task of a request goes after its answer
+    while sim.dump("task")["task"]:
+        assert time.monotonic() < until
+        time.sleep(0.01)

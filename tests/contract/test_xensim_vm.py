@@ -43,6 +43,8 @@ def test_snapshot_tree(sim, api):
     assert (record["is_a_snapshot"], record["is_a_template"], record["power_state"]) == (True, True, "Halted")
     assert record["snapshot_info"]["disk-snapshot-type"] == "crash_consistent"
     assert sorted(api.VM.get_snapshots(vm)) == sorted([first, second])
+    with refused("VM_IS_SNAPSHOT", first):
+        api.VM.snapshot(first, "of a snapshot", [])
     assert (api.VM.get_parent(vm), api.VM.get_parent(second)) == (second, first)
     for disk, origin in zip(disks_of(api, first), disks_of(api, vm), strict=True):
         assert api.VDI.get_is_a_snapshot(disk)
@@ -197,6 +199,8 @@ def test_vbd_errors(api):
     api.VBD.unplug_force(vbd)
     api.VBD.destroy(vbd)
     other = api.VBD.create(VBD | {"VM": vm_of(api, "db"), "VDI": root})
+    with refused("VDI_IN_USE", root):
+        api.VBD.assert_attachable(other)
     with refused("VDI_IN_USE", root):
         api.VM.start(vm_of(api, "db"), False, False)
     assert api.VM.get_power_state(vm_of(api, "db")) == "Halted"

@@ -55,6 +55,7 @@ class HostNode:
     fingerprint_sha256: str  # colon hex of the DER certificate
     subject: str  # its first DNS name
     port: int = 0
+    offline: bool = False  # connections end at once
 
 
 class Done(NamedTuple):

@@ -113,6 +113,13 @@ def _set_master(world: World, request: Request) -> None:
     world.db.set(world.pool, master=_host(world, request["host"]))
 
 
+def _offline(world: World, request: Request) -> None:
+    """A host that cannot be reached (or, with ``value`` false, can be again); its VMs run on."""
+    host = _host(world, request["host"])
+    world.nodes[host].offline = request.get("value", True)
+    world.db.set(world.db.text(host, "metrics"), live=not world.nodes[host].offline)
+
+
 def _guest_write(world: World, request: Request) -> None:
     vdi = world.db.by_uuid("VDI", request["vdi"])
     world.storage.guest_write(vdi, request["offset"], base64.b64decode(request["data"]))
@@ -210,6 +217,7 @@ OPERATIONS: Final[dict[str, Callable[[World, Request], object]]] = {
     "expire_sessions": _expire_sessions,
     "crash_host": _crash_host,
     "set_master": _set_master,
+    "offline": _offline,
     "guest_write": _guest_write,
     "guest_write_file": _guest_write_file,
     "read": _read,

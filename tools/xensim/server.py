@@ -90,7 +90,7 @@ class HostServer:
     def _request(self, connection: socket.socket, rfile: BinaryIO) -> bool:
         """Answer one request; whether another may follow."""
         words = rfile.readline(_MAX_LINE).decode("latin-1").split()
-        if len(words) != 3:
+        if len(words) != 3 or self._node.offline:
             return False
         method, target, version = words
         headers = {name.lower(): value for name, value in http.client.parse_headers(rfile).items()}

@@ -82,6 +82,19 @@ def unplug_force(ctx: Context, vbd: Ref) -> None:
         detach(ctx, vbd)
 
 
+@call("VBD.assert_attachable", role="vm-admin")
+def assert_attachable(ctx: Context, vbd: Ref) -> None:
+    """Whether the VM could be given the disk now. Raises Failure VDI_IN_USE."""
+    db = ctx.db
+    vdi = db.text(db.check("VBD", vbd), "VDI")
+    if vdi == NULL or db.flag(vdi, "sharable") or db.flag(db.text(vbd, "VM"), "is_control_domain"):
+        return
+    for other in db.refs(vdi, "VBDs"):
+        foreign = other != vbd and not db.flag(db.text(other, "VM"), "is_control_domain")
+        if foreign and db.flag(other, "currently_attached") and "RW" in (db.text(other, "mode"), db.text(vbd, "mode")):
+            raise Failure("VDI_IN_USE", vdi)
+
+
 @call("VBD.set_mode", role="vm-admin")
 def set_mode(ctx: Context, vbd: Ref, value: str) -> None:
     """Read only or not, for a VM that is halted."""

@@ -35,6 +35,8 @@ _PART_OWN: Final = frozenset(
 def snapshot(ctx: Context, vm: Ref, new_name: str, ignore_vdis: list[Ref] | None = None) -> Ref:
     """A snapshot of a VM in any state; disks one after another, all or none. CDs keep their medium."""
     db = ctx.db
+    if db.flag(db.check("VM", vm), "is_a_snapshot"):
+        raise Failure("VM_IS_SNAPSHOT", vm, "snapshot")
     with operation(ctx, vm, "snapshot"):
         disks = _disks(ctx, vm, ignore_vdis or [])
         for vdi in disks.values():
