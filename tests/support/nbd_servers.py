@@ -31,7 +31,7 @@ def free_port() -> int:
 
 def target(port: int, tls: Identity | None = None, *, subject: str = HOST_NAME, name: str = "") -> NbdTarget:
     """How to reach a server on the loopback interface."""
-    policy = TlsPolicy(tls.certificate, subject) if tls else None
+    policy = TlsPolicy(tls.trusted, subject) if tls else None
     return NbdTarget("127.0.0.1", port, name, policy, "host1")
 
 

@@ -42,6 +42,7 @@ class NbdConnection:
         self._unsent = bytearray()
         self._head = memoryview(bytearray(protocol.REPLY_SIZE))
         self._cookie = 0
+        self._answered = 0
         self.size_bytes = 0
 
     @classmethod
@@ -61,9 +62,9 @@ class NbdConnection:
         return self
 
     @property
-    def in_flight(self) -> int:
-        """Reads asked for and not answered yet."""
-        return len(self._pending)
+    def suspect(self) -> int:
+        """Cookie of the read that broke the connection: the one being answered, or else the oldest in flight."""
+        return self._answered if self._answered in self._pending else next(iter(self._pending))
 
     def ask(self, offset: int, view: memoryview) -> int:
         """Ask for the bytes at ``offset`` (with the next ``reply``) and return the cookie of their reply.
@@ -88,7 +89,7 @@ class NbdConnection:
                 self._unsent = bytearray()
             await self._stream.fill(self._head)
             error, cookie = protocol.reply(self._head)
-            pending = self._pending.get(cookie)
+            pending, self._answered = self._pending.get(cookie), cookie
             if pending is None:
                 raise TransferFailed("the NBD server answered what was not asked: the stream is out of step")
             if error:

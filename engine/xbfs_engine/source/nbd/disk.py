@@ -84,7 +84,7 @@ class NbdDisk:
 
     def close(self) -> None:
         """Let nobody read any more."""
-        self._window.fail(TransferFailed("the disk was closed while it was read"))
+        self._window.fail(_closed())
 
     def _wait(self, fetch: Fetch) -> None:
         """Wait for a piece as long as any piece arrives; connections have deadlines of their own that come first."""
@@ -179,20 +179,27 @@ class _Member:
 
     async def run(self) -> None:
         """Connect and read; connect again when that breaks; end after too many failures in a row."""
-        async with self._seat:
-            while True:
-                try:
-                    await self._serve()
-                except XbfsError as exc:
-                    _log.info("nbd connection lost", host=self._owner, failures=self._failures, reason=exc.message)
-                    if self._failures >= len(self._timeouts.pauses_s) or not exc.retryable:
-                        self._leave(exc)
-                        return
-                await trio.sleep(self._timeouts.pauses_s[self._failures])
-                self._failures += 1
+        reason: XbfsError = _closed()
+        try:
+            async with self._seat:
+                while True:
+                    try:
+                        await self._serve()
+                    except XbfsError as exc:
+                        _log.info("nbd connection lost", host=self._owner, failures=self._failures, reason=exc.message)
+                        if self._failures >= len(self._timeouts.pauses_s) or not exc.retryable:
+                            reason = exc
+                            return
+                    await trio.sleep(self._timeouts.pauses_s[self._failures])
+                    self._failures += 1
+        finally:
+            self._leave(reason)
 
     def _leave(self, reason: XbfsError) -> None:
-        """Go; the others go on with fewer. The last one takes the disk along, and so does a disk of another size."""
+        """Go; the others go on with fewer. The last one takes the disk along, and so does a disk of another size.
+
+        When all are cancelled this lets go the threads that wait: whoever started them may wait for them in turn.
+        """
         self._crew.members -= 1
         if not self._crew.members or isinstance(reason, SourceChanged):
             self._window.fail(reason)
@@ -248,12 +255,14 @@ class _Member:
         flying = 0
         try:
             while True:
-                while flying < _FLIGHT_BYTES and len(flight) < _FLIGHT_REQUESTS:
-                    fetch = self._window.take(idle=not flight)
-                    if fetch is None:
-                        break
-                    flight[connection.ask(fetch.start, fetch.buffer)] = fetch
-                    flying += len(fetch.buffer)
+                # Many small requests at a time: sending them one by one costs more than their data.
+                if flying <= _FLIGHT_BYTES // 2 and len(flight) <= _FLIGHT_REQUESTS // 2:
+                    while flying < _FLIGHT_BYTES and len(flight) < _FLIGHT_REQUESTS:
+                        fetch = self._window.take(idle=not flight)
+                        if fetch is None:
+                            break
+                        flight[connection.ask(fetch.start, fetch.buffer)] = fetch
+                        flying += len(fetch.buffer)
                 if not flight:
                     await self._idle.park()
                     continue
@@ -262,14 +271,18 @@ class _Member:
                 self._window.arrived(fetch)
                 self._failures = 0
         except TransferFailed as exc:
-            # A host that can not read a place just hangs up: the oldest request is to blame.
-            guilty = next(iter(flight.values()))
-            guilty.failures += 1
-            if guilty.failures >= self._timeouts.tries:
+            # The place may be unreadable for ever, which a host says by hanging up.
+            suspect = flight[connection.suspect]
+            suspect.failures += 1
+            if suspect.failures >= self._timeouts.tries:
                 self._window.fail(exc)
             raise
         finally:
             self._window.put_back(list(flight.values()))
+
+
+def _closed() -> TransferFailed:
+    return TransferFailed("the disk was closed while it was read")
 
 
 def _pieces(offset: int, length: int) -> Iterator[Extent]:

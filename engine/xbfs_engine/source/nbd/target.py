@@ -68,7 +68,7 @@ def tls_context(policy: TlsPolicy) -> ssl.SSLContext:
     context.check_hostname = not _is_wildcard(policy.subject)
     try:
         context.load_verify_locations(cadata=policy.certificate_pem)
-    except (ssl.SSLError, ValueError) as exc:
+    except (ssl.SSLError, ValueError, TypeError) as exc:  # TypeError: not ASCII
         raise CertificateRejected("the certificate that XAPI gives for NBD can not be decoded") from exc
     return context
 
