@@ -291,6 +291,9 @@ class FakePool:
 
     def VDI_disable_cbt(self, vdi: str) -> None:
         self.logs.pop(vdi, None)
+        for log in self.logs.values():
+            if log.child == vdi:
+                log.child = NULL
         self.db.set(vdi, cbt_enabled=False)
 
     def VDI_list_changed_blocks(self, vdi_from: str, vdi_to: str) -> str:

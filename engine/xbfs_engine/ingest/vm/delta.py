@@ -71,6 +71,8 @@ class Deltas:
             return Delta(None, "first point of this VM")
         if self._last.disk(disk.number) is None:
             return Delta(None, "first point of this disk")
+        if disk.untracked is not None:
+            return Delta(None, disk.untracked, fell_back=True)
         try:
             base_uuid = self._known_base(disk)
             changed = await self._changed(disk, base_uuid)
@@ -99,8 +101,6 @@ class Deltas:
 
     async def _changed(self, disk: TakenDisk, base_uuid: str) -> Sequence[Extent]:
         assert base_uuid != disk.snapshot_uuid
-        if disk.untracked is not None:
-            raise _Doubt(disk.untracked)
         base_ref, base = await self._base_record(base_uuid)
         old = self._last.disk(disk.number) if self._last else None
         assert old is not None

@@ -44,8 +44,10 @@ class Places:
         async with self._reading:
             yield
 
-    @asynccontextmanager
-    async def vm(self) -> AsyncIterator[None]:
-        """One of the VMs that may have a snapshot."""
-        async with self._vms:
-            yield
+    async def wait_for_turn(self) -> None:
+        """Wait to become one of the VMs that are at work."""
+        await self._vms.acquire()
+
+    def end_turn(self) -> None:
+        """Be one of them no more."""
+        self._vms.release()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from xbfs_engine.codec.wire import Value
+    from xbfs_engine.core.errors import XbfsError
     from xbfs_engine.ingest.statistics import Progress
     from xbfs_engine.source.xapi.values import Ref
 
@@ -27,4 +28,8 @@ class Listener(Protocol):
 
     def progress(self, vm_name: str, now: Progress) -> None:
         """About five times a second while disks are read."""
+        ...
+
+    def failed(self, vm_name: str, error: XbfsError) -> None:
+        """The VM has no new point; others go on."""
         ...
