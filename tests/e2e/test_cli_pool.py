@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.cli import COMMAND, TIMEOUT_S, World
 from tests.support.xapi_fake import PASSWORD, SESSION, fake_hosts, login, refuse
+from tests.support.xensim import BACKUP_USER, default_world, running_sim
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -157,6 +158,21 @@ def test_a_pool_that_contradicts_what_its_host_shows_is_told(world: World, hosts
     messages = [warning["message"] for warning in document["warnings"]]
     assert any(other in message and master.fingerprint in message for message in messages)
     assert any("xen1" in message for message in messages)
+
+
+def test_a_simulated_pool_is_added_by_one_of_its_members(world: World) -> None:
+    with running_sim(default_world(), world.directory / "sim") as sim:
+        (world.directory / "password").write_text(BACKUP_USER["password"])
+        pins = [word for host in sim.hosts for word in ("--fingerprint", host.fingerprint)]
+        code, document, err = add(world, sim.hosts[1].url, "--user", BACKUP_USER["name"], *pins)
+        assert code == 0, err
+        assert document["hosts"] == [
+            {"name": host.name, "address": host.address, "fingerprint": host.fingerprint} for host in sim.hosts
+        ]
+        # Also when only the other host is the master.
+        sim.do("set_master", host=sim.hosts[1].name)
+        assert run(world, "trust", "prod")[0] == 0
+        assert not [task for task in sim.dump("task")["task"] if task["status"] == "pending"]
 
 
 def test_at_a_terminal_certificate_and_password_are_asked_for(world: World, hosts: list[FakeHost]) -> None:

@@ -148,6 +148,8 @@ def test_text_that_xml_can_not_carry_is_refused_and_not_repeated() -> None:
         ("MESSAGE_PARAMETER_COUNT_MISMATCH", Handling.UNSUPPORTED),
         ("OPERATION_BLOCKED", Handling.REFUSED),
         ("SR_BACKEND_FAILURE_109", Handling.REFUSED),
+        ("SR_BACKEND_FAILURE", Handling.REFUSED),
+        ("SR_BACKEND_FAILURE_4711", Handling.REFUSED),
         ("NEVER_HEARD_OF", Handling.REFUSED),
     ],
 )
@@ -178,6 +180,11 @@ def test_secrets_are_in_no_error(params: tuple[str, ...]) -> None:
     told = f"{error!r} {error} {error.hint} {getattr(error, 'params', '')}"
     for secret in (SESSION, PASSWORD, "OpaqueRef:another"):
         assert secret not in told
+
+
+def test_stack_traces_are_told_in_one_line() -> None:
+    error = failure("VM.start", ["SR_BACKEND_FAILURE_1200", "", "Traceback:\n  File\n\tline 1"])
+    assert "Traceback: File line 1" in str(error)
 
 
 def test_credentials_hide_their_password() -> None:

@@ -89,6 +89,15 @@ _MEANINGS: Final[dict[str, Meaning]] = {
     "VDI_CBT_ENABLED": Meaning("changed-block tracking of the disk is on", "", _REFUSED),
     "VDI_TOO_LARGE": Meaning("the disk is too large for this format", "", _UNSUPPORTED),
     "VDI_IO_ERROR": Meaning("the host can not read or write the disk", _SR, _TRANSIENT),
+    "VDI_READONLY": Meaning("the disk can only be read", "", _REFUSED),
+    "VDI_TOO_SMALL": Meaning("the disk is too small", "", _REFUSED),
+    "VDI_LOCATION_MISSING": Meaning("a disk of the VM is not on its SR", "", _REFUSED),
+    "VDI_CONTENT_ID_MISSING": Meaning("a disk of the VM is on no SR", "", _REFUSED),
+    "SR_NOT_ATTACHED": Meaning("the SR is not connected", "connect it: `xe pbd-plug`", _REFUSED),
+    "SR_DEVICE_IN_USE": Meaning("the SR is in use", _LATER, _BUSY),
+    "SR_NOT_EMPTY": Meaning("the SR holds disks", "", _REFUSED),
+    "SR_HAS_PBD": Meaning("the SR is still connected", "", _REFUSED),
+    "DEFAULT_SR_NOT_FOUND": Meaning("the pool has no default SR", "name the SR", _REFUSED),
     "SR_HAS_NO_PBDS": Meaning("the SR is connected to no host", "connect it: `xe pbd-plug`", _REFUSED),
     "OTHER_OPERATION_IN_PROGRESS": Meaning("another operation works on the object", _LATER, _BUSY),
     "OPERATION_NOT_ALLOWED": Meaning("the object's state does not allow this", "", _REFUSED),
@@ -101,6 +110,12 @@ _MEANINGS: Final[dict[str, Meaning]] = {
     "DEVICE_ALREADY_DETACHED": Meaning("the device is detached already", "", _BUSY),
     "DEVICE_DETACH_REJECTED": Meaning("the guest does not let go of the device", _LATER, _BUSY),
     "DEVICE_DETACH_TIMEOUT": Meaning("the guest does not let go of the device", _LATER, _BUSY),
+    "VIF_IN_USE": Meaning("the network interface is in use", "", _REFUSED),
+    "VM_IS_TEMPLATE": Meaning("it is a template", "", _REFUSED),
+    "VM_BIOS_STRINGS_ALREADY_SET": Meaning("the VM has BIOS strings already", "", _REFUSED),
+    "VM_REQUIRES_NETWORK": Meaning("the host does not reach a network of the VM", "", _REFUSED),
+    "VM_REQUIRES_SR": Meaning("the host does not reach an SR of the VM", "", _REFUSED),
+    "HOST_NOT_ENOUGH_FREE_MEMORY": Meaning("no host has enough free memory", "stop another VM first", _REFUSED),
     "LICENCE_RESTRICTION": Meaning(
         "the pool's licence does not include this",
         "full reads work without it; see the section on licences in docs/xenserver.md",
@@ -116,6 +131,8 @@ _MEANINGS: Final[dict[str, Meaning]] = {
     "TOO_MANY_STORAGE_MIGRATES": Meaning("too many storage migrations run", _LATER, _BUSY),
     "HOST_OFFLINE": Meaning("a host is down", _HOSTS, _TRANSIENT),
     "CANNOT_CONTACT_HOST": Meaning("a host can not be reached by the pool", _HOSTS, _TRANSIENT),
+    "HOST_DISABLED": Meaning("the host is disabled", "enable it: `xe host-enable`", _TRANSIENT),
+    "HOST_NOT_LIVE": Meaning("a host does not answer its pool", _HOSTS, _TRANSIENT),
     "HOST_STILL_BOOTING": Meaning("the host is still booting", _HOSTS, _TRANSIENT),
     "NO_HOSTS_AVAILABLE": Meaning("no host can do this at present", _HOSTS, _TRANSIENT),
     "HOST_HAS_NO_MANAGEMENT_IP": Meaning("the host has no management address", _HOSTS, _TRANSIENT),
@@ -130,6 +147,7 @@ _MEANINGS: Final[dict[str, Meaning]] = {
     "IMPORT_ERROR": Meaning("the import failed", "", _REFUSED),
     "IMPORT_ERROR_PREMATURE_EOF": Meaning("the import broke off", "", _TRANSIENT),
     "IMPORT_ERROR_SOME_CHECKSUMS_FAILED": Meaning("the import was damaged on its way", "", _TRANSIENT),
+    "IMPORT_ERROR_UNEXPECTED_FILE": Meaning("the archive is not what the host expects", "", _REFUSED),
     "IMPORT_INCOMPATIBLE_VERSION": Meaning("the backup is from a newer release than the host's", "", _REFUSED),
     "VM_TO_IMPORT_IS_NOT_NEWER_VERSION": Meaning("the pool holds this VM in a newer version", "", _REFUSED),
     "DUPLICATE_MAC_SEED": Meaning("another VM of the pool has the same MAC seed", "", _REFUSED),
@@ -140,6 +158,7 @@ _LOGIN: Final = {
     "SESSION_AUTHENTICATION_FAILED": "user and password do not fit",
     "SESSION_AUTHORIZATION_FAILED": "the user has no role on this pool",
 }
+_STORAGE: Final = Meaning("the storage manager failed", _SR, Handling.REFUSED)
 _UNKNOWN: Final = Meaning("the host refused", "see /var/log/xensource.log on the pool's master", Handling.REFUSED)
 
 _ROLES: Final = (
@@ -154,7 +173,7 @@ _SECRETS: Final = re.compile(r"(session_id=|/session/)[^&\s\"']+")
 
 def meaning_of(code: str) -> Meaning:
     """What a code means; unknown ones are refusals."""
-    return _MEANINGS.get(code, _UNKNOWN)
+    return _MEANINGS.get(code, _STORAGE if code.startswith("SR_BACKEND_FAILURE") else _UNKNOWN)
 
 
 def handling_of(error: PoolError) -> Handling:
