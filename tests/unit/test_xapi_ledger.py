@@ -177,7 +177,7 @@ def test_cut_anywhere_a_ledger_tells_a_prefix(tail: bytes, cut: int) -> None:
     """Whole lines count, whatever the last one was torn to."""
     events = [
         {"do": "run", "version": 1, "run": "r", "node": "n", "started_ns": 1},
-        *({"do": "intend", "item": n, "kind": "vdi", "vm": "v", "about": {"a": "é"}} for n in range(1, 5)),
+        *({"do": "intend", "item": n, "kind": "vdi", "at": 1, "vm": "v", "about": {"a": "é"}} for n in range(1, 5)),
         ledger_record.made(2, "uuid"),
         ledger_record.gone(1),
     ]
@@ -193,7 +193,9 @@ def test_cut_anywhere_a_ledger_tells_a_prefix(tail: bytes, cut: int) -> None:
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.text(max_size=20) | st.floats(allow_nan=False)
 EVENTS = st.dictionaries(
-    st.sampled_from(["do", "item", "kind", "vm", "about", "uuid", "slot", "kept_ns", "confirmed", "with_data", "node"]),
+    st.sampled_from(
+        ["do", "item", "kind", "at", "vm", "about", "uuid", "slot", "kept_ns", "confirmed", "with_data", "node"]
+    ),
     st.sampled_from(["run", "intend", "made", "keep", "gone", "vdi", 1, 2, True])
     | SCALARS
     | st.dictionaries(st.text(max_size=5), SCALARS, max_size=3),

@@ -93,6 +93,10 @@ class Ledgers:
             for ledger in ledgers.values():
                 await self._leave(ledger)
 
+    def now_ns(self) -> int:
+        """The time by the clock that the ledgers' times are of."""
+        return self._runtime.clock.now_ns()
+
     async def runs(self) -> list[RunState]:
         """All runs that have a ledger; those this process began or claimed are live too. Raises StorageError."""
         return await trio.to_thread.run_sync(self._runs)
@@ -202,7 +206,7 @@ class RunLedger:
         """Note an object before it is made; ``uuid``: where that is known already. ``about``: see ``Kind``."""
 
         def write() -> Item:
-            item = Item(self._record.last_number + 1, kind, vm_uuid, about)
+            item = Item(self._record.last_number + 1, kind, self._runtime.clock.now_ns(), vm_uuid, about)
             self._append(lines.intend(item), *([lines.made(item.number, uuid)] if uuid else []))
             return self._record.items[item.number]
 

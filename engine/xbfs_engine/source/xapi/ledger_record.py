@@ -25,9 +25,9 @@ _TEXT_MAX: Final = 4096
 class Kind(StrEnum):
     """What an item of a ledger is. The texts are also the marker's kind."""
 
-    SNAPSHOT = "snapshot"  # a snapshot VM; about: name
+    SNAPSHOT = "snapshot"  # a snapshot VM; about: name, of the VM (markers.snapshot_name)
     VDI = "vdi"  # a VDI of a snapshot, or one that was created
-    VM = "vm"  # a VM that is being restored; about: name
+    VM = "vm"  # a VM that is being restored; about: name, that it gets in the end (markers.import_name)
     BLOCK = "block"  # blocked operations of a VM
     SWITCH = "switch"  # a key in other_config of an SR; about: sr, key, value, before
     SR = "sr"  # a temporary SR: forgotten, never destroyed
@@ -53,6 +53,7 @@ class Item:
 
     number: int
     kind: Kind
+    intended_ns: int
     vm_uuid: str = ""
     about: Mapping[str, str] = field(default_factory=dict)
     uuid: str = ""
@@ -76,12 +77,12 @@ class RunRecord:
             case {"do": "run", "version": int() as version, "node": str() as node, "started_ns": int() as started_ns}:
                 self.readable = version == VERSION
                 self.node, self.started_ns = node, started_ns
-            case {"do": "intend", "item": int() as number, "kind": str() as kind, "vm": str() as vm_uuid, **rest}:
+            case {"do": "intend", "item": int() as number, "kind": str() as kind, "at": int() as at, **rest}:
                 about = rest.get("about")
                 if kind not in set(Kind) or not isinstance(about, dict) or number in self.items:
                     return
                 about = {str(key): str(value) for key, value in about.items()}
-                self.items[number] = Item(number, Kind(kind), vm_uuid, about)
+                self.items[number] = Item(number, Kind(kind), at, str(rest.get("vm", "")), about)
                 self.last_number = max(self.last_number, number)
             case {"do": "gone", "item": int() as number}:
                 self.items.pop(number, None)
@@ -91,7 +92,8 @@ class RunRecord:
 
 def intend(item: Item) -> dict[str, object]:
     """The event that begins an item."""
-    return {"do": "intend", "item": item.number, "kind": item.kind.value, "vm": item.vm_uuid, "about": dict(item.about)}
+    fields = {"kind": item.kind.value, "at": item.intended_ns, "vm": item.vm_uuid, "about": dict(item.about)}
+    return {"do": "intend", "item": item.number, **fields}
 
 
 def begin(record: RunRecord) -> dict[str, object]:

@@ -1,0 +1,504 @@
+"""The sweep takes what dead runs of this node left, all of it and nothing else."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.support.fake_xapi import NULL, FakeXapi
+from tests.support.runtime import FixedClock, SeededRandom
+from xbfs_engine.core.runtime import Runtime
+from xbfs_engine.source.xapi.ledger import Item, Kind, Ledgers, RunLedger
+from xbfs_engine.source.xapi.markers import block_reason, import_name, run_of_reason, snapshot_name
+from xbfs_engine.source.xapi.sweep import Deed, SweepReport, sweep
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+NODE = "node"
+HOUR_S = 3600
+
+
+class World:
+    """A pool and the ledgers of this node for it."""
+
+    def __init__(self, directory: Path, seed: int = 1) -> None:
+        self.xapi = FakeXapi(NODE)
+        self.clock = FixedClock()
+        self.ledgers = Ledgers(directory / "runs", Runtime(self.clock, SeededRandom(seed)))
+
+    async def sweep(self, **options: Any) -> SweepReport:
+        return await sweep(self.xapi, self.ledgers, node=NODE, **({"dry_run": False} | options))
+
+    async def open_items(self) -> list[Item]:
+        return [item for state in await self.ledgers.runs() for item in state.record.items.values()]
+
+    def guest(self, name: str = "web", **fields: Any) -> tuple[str, str]:
+        """A VM with a disk."""
+        vm, vdi = self.xapi.vm(name, **fields), self.xapi.vdi(cbt_enabled=True)
+        self.xapi.vbd(vm, vdi)
+        return vm, vdi
+
+    def snapshot_vdi(self, vdi: str) -> str:
+        return self.xapi.vdi(is_a_snapshot=True, snapshot_of=vdi, cbt_enabled=True)
+
+    async def snapshot(self, ledger: RunLedger, vm: str, vdi: str, *, until: str = "end") -> tuple[str, str]:
+        """What a cycle makes, as far as ``until``: vm, noted, marked, disk, end."""
+        uuid = self.xapi.uuid(vm)
+        item = await ledger.intend(Kind.SNAPSHOT, vm_uuid=uuid, name="web")
+        snapshot = self.xapi.vm(snapshot_name(ledger.run, item.number, "web"), is_a_snapshot=True, snapshot_of=vm)
+        disk = self.snapshot_vdi(vdi)
+        self.xapi.vbd(snapshot, disk)
+        if until == "vm":
+            return snapshot, disk
+        await ledger.made(item, self.xapi.uuid(snapshot))
+        if until == "noted":
+            return snapshot, disk
+        self.mark(snapshot, ledger, item)
+        if until == "marked":
+            return snapshot, disk
+        item = await ledger.intend(Kind.VDI, vm_uuid=uuid, uuid=self.xapi.uuid(disk))
+        if until != "disk":
+            self.mark(disk, ledger, item)
+        return snapshot, disk
+
+    async def base(self, ledger: RunLedger, vdi: str, slot: str, *, confirmed: bool = True, **fields: Any) -> str:
+        ref = self.xapi.vdi(is_a_snapshot=True, snapshot_of=vdi, cbt_enabled=True, type="cbt_metadata")
+        self.xapi.db.set(ref, **fields)
+        item = await ledger.keep(await ledger.intend(Kind.VDI, uuid=self.xapi.uuid(ref)), slot)
+        self.mark(ref, ledger, item)
+        if confirmed:
+            await ledger.confirm(item)
+        return ref
+
+    async def block(self, ledger: RunLedger, vm: str) -> None:
+        await ledger.intend(Kind.BLOCK, vm_uuid=self.xapi.uuid(vm), uuid=self.xapi.uuid(vm))
+        self.xapi.db.set(vm, blocked_operations={"pool_migrate": block_reason(ledger.run, ledger.node)})
+
+    def mark(self, ref: str, ledger: RunLedger, item: Item, *, own: bool = True) -> None:
+        marker = ledger.marker(item, uuid=self.xapi.uuid(ref) if own else "")
+        self.xapi.mark(ref, marker.to_other_config())
+
+    def copy_of(self, ref: str) -> str:
+        """What a user's clone of an object is: the same other_config, another uuid."""
+        fields = dict(self.xapi.db.get(ref))
+        for name in (
+            "uuid",
+            "VBDs",
+            "snapshots",
+            "crash_dumps",
+            "VIFs",
+            "VTPMs",
+            "children",
+            "consoles",
+            "VDIs",
+            "PBDs",
+        ):
+            fields.pop(name, None)
+        return self.xapi.db.create(self.xapi.db.cls(ref), **(fields | {"is_a_snapshot": False, "snapshot_of": NULL}))
+
+    def exists(self, *refs: str) -> list[bool]:
+        return [self.xapi.db.exists(ref) for ref in refs]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def deeds(report: SweepReport) -> list[str]:
+    return [step.deed.name for step in report.done]
+
+
+@pytest.mark.parametrize("until", ["vm", "noted", "marked", "disk", "end"])
+async def test_snapshots_go_wherever_the_run_died(world: World, until: str) -> None:
+    vm, vdi = world.guest()
+    async with world.ledgers.begin(NODE) as ledger:
+        snapshot, disk = await world.snapshot(ledger, vm, vdi, until=until)
+        await world.block(ledger, vm)
+    report = await world.sweep()
+    assert deeds(report) == ["DESTROY_VM", "DESTROY_VDI", "UNBLOCK"]
+    assert world.exists(snapshot, disk, vm, vdi) == [False, False, True, True]
+    assert world.xapi.db.mapping(vm, "blocked_operations") == {}
+    assert await world.ledgers.runs() == []
+    assert (await world.sweep()).done == ()
+
+
+async def test_dry_run_tells_the_same_and_does_nothing(world: World) -> None:
+    vm, vdi = world.guest()
+    async with world.ledgers.begin(NODE) as ledger:
+        await world.snapshot(ledger, vm, vdi)
+        await world.block(ledger, vm)
+    before, items = world.xapi.everything(), await world.open_items()
+    told = await world.sweep(dry_run=True)
+    assert world.xapi.everything() == before
+    assert await world.open_items() == items
+    assert world.xapi.diary == []
+    assert (await world.sweep()).done == told.done
+
+
+async def test_live_runs_and_other_nodes_are_left_alone_and_told(world: World) -> None:
+    vm, vdi = world.guest()
+    async with world.ledgers.begin(NODE) as live:
+        await world.snapshot(live, vm, vdi)
+        await world.block(live, vm)
+        task = world.xapi.db.create("task", name_label="xbfs/node: export", status="pending")
+        async with world.ledgers.begin("other") as other:
+            await world.snapshot(other, vm, vdi)
+        before = world.xapi.everything()
+        report = await world.sweep()
+        assert world.xapi.everything() == before
+        assert report.done == ()
+        reasons = {note.reason for note in report.notes}
+        assert reasons == {
+            f"made by run {live.run}, which is at work",
+            f"pool_migrate is blocked by run {live.run}, which is at work",
+            f"made by run {other.run} of node other",
+        }
+    assert [step.ref for step in (await world.sweep()).done if step.deed is Deed.END_TASK] == [task]
+
+
+async def test_tasks_of_ours_end_and_others_stay(world: World) -> None:
+    create = world.xapi.db.create
+    ours = [create("task", name_label="xbfs/node: x", status=status) for status in ("pending", "success")]
+    others = [create("task", name_label=name, status="pending") for name in ("xbfs/node2: x", "Async.VM.start")]
+    report = await world.sweep()
+    assert deeds(report) == ["END_TASK", "END_TASK"]
+    assert world.xapi.diary == ["task.cancel", "task.destroy", "task.destroy"]
+    assert world.exists(*ours, *others) == [False, False, True, True]
+
+
+async def test_copies_that_somebody_made_stay(world: World) -> None:
+    vm, vdi = world.guest()
+    async with world.ledgers.begin(NODE) as ledger:
+        snapshot, disk = await world.snapshot(ledger, vm, vdi)
+    copies = [world.copy_of(snapshot), world.copy_of(disk)]
+    await world.sweep()
+    assert world.exists(snapshot, disk, *copies) == [False, False, True, True]
+
+
+async def test_two_objects_with_one_marker_are_doubtful(world: World) -> None:
+    async with world.ledgers.begin(NODE) as ledger:
+        item = await ledger.intend(Kind.VDI)
+        disk = world.xapi.vdi()
+        world.mark(disk, ledger, item, own=False)
+        copy = world.copy_of(disk)
+    report = await world.sweep()
+    assert world.exists(disk, copy) == [True, True]
+    assert len(report.notes) == 2
+    world.xapi.db.destroy(copy)
+    await world.sweep()
+    assert world.exists(disk) == [False]
+
+
+async def test_marked_objects_without_a_note_are_told_and_stay(world: World) -> None:
+    disk = world.xapi.vdi()
+    async with world.ledgers.begin(NODE) as ledger:
+        item = await ledger.intend(Kind.VDI, uuid=world.xapi.uuid(disk))
+        world.mark(disk, ledger, item)
+        await ledger.gone(item)
+    (note,) = (await world.sweep()).notes
+    assert note.reason == f"made by run {ledger.run}, of which this node has no open note"
+    assert world.exists(disk) == [True]
+
+
+async def test_current_bases_stay_and_earlier_ones_go(world: World) -> None:
+    _, vdi = world.guest()
+    bases = []
+    for _ in range(3):
+        async with world.ledgers.begin(NODE) as ledger:
+            bases.append(await world.base(ledger, vdi, "repo/vm/0"))
+    async with world.ledgers.begin(NODE) as ledger:
+        other = await world.base(ledger, vdi, "other repo/vm/0")
+    report = await world.sweep()
+    assert world.exists(*bases, other) == [False, False, True, True]
+    assert {kept.slot for kept in report.kept} == {"repo/vm/0", "other repo/vm/0"}
+    assert len(await world.open_items()) == 2
+    assert report.notes == ()
+
+
+@pytest.mark.parametrize("named", [None, "old", "new", "neither"])
+async def test_run_that_died_around_its_commit(world: World, named: str | None) -> None:
+    """Without the repository both candidates stay; with it the one that the newest point names."""
+    _, vdi = world.guest()
+    async with world.ledgers.begin(NODE) as ledger:
+        old = await world.base(ledger, vdi, "slot")
+    async with world.ledgers.begin(NODE) as ledger:
+        new = await world.base(ledger, vdi, "slot", confirmed=False, type="user")
+    uuids = {"old": world.xapi.uuid(old), "new": world.xapi.uuid(new), "neither": ""}
+    await world.sweep(bases={} if named is None else {"slot": uuids[named]})
+    assert world.exists(old, new) == [named in {None, "old"}, named in {None, "new"}]
+    if named in {None, "new"}:
+        assert world.xapi.db.text(new, "type") == "cbt_metadata"
+    if named == "new":
+        (item,) = await world.open_items()
+        assert item.keep is not None
+        assert item.keep.confirmed
+
+
+async def test_bases_that_were_to_keep_their_data_or_have_no_log(world: World) -> None:
+    _, vdi = world.guest()
+    async with world.ledgers.begin(NODE) as ledger:
+        whole = world.snapshot_vdi(vdi)
+        item = await ledger.intend(Kind.VDI, uuid=world.xapi.uuid(whole))
+        await ledger.confirm(await ledger.keep(item, "a", with_data=True))
+        useless = await world.base(ledger, vdi, "b", type="user", cbt_enabled=False)
+    await world.sweep()
+    assert world.xapi.db.text(whole, "type") == "user"
+    assert world.exists(useless) == [False]
+
+
+async def test_dom0_lets_go_of_disks_first(world: World) -> None:
+    vm, vdi = world.guest()
+    async with world.ledgers.begin(NODE) as ledger:
+        _, disk = await world.snapshot(ledger, vm, vdi)
+        base = await world.base(ledger, vdi, "slot", type="user")
+    for ref in (disk, base):
+        world.xapi.vbd(world.xapi.dom0, ref, "autodetect", currently_attached=True)
+    foreign = world.xapi.vbd(world.xapi.dom0, vdi, 9, currently_attached=True)
+    report = await world.sweep()
+    assert report.failed == ()
+    assert world.exists(disk, base, foreign) == [False, True, True]
+    assert world.xapi.db.refs(world.xapi.dom0, "VBDs") == [foreign]
+    assert world.xapi.db.text(base, "type") == "cbt_metadata"
+
+
+async def test_disks_that_hosts_hold_are_waited_for(world: World, autojump_clock: object) -> None:
+    vm, vdi = world.guest()
+    async with world.ledgers.begin(NODE) as ledger:
+        _, disk = await world.snapshot(ledger, vm, vdi)
+    world.xapi.faults["VDI.destroy"] = ["VDI_IN_USE"] * 9
+    assert (await world.sweep()).failed == ()
+    assert world.exists(disk) == [False]
+
+
+async def test_failures_are_told_and_do_not_stop_the_rest(world: World, autojump_clock: object) -> None:
+    vm, vdi = world.guest()
+    async with world.ledgers.begin(NODE) as ledger:
+        first, first_disk = await world.snapshot(ledger, vm, vdi)
+        second, second_disk = await world.snapshot(ledger, vm, vdi, until="noted")
+        await world.block(ledger, vm)
+    world.xapi.refused["VM.destroy", first] = "OPERATION_NOT_ALLOWED"
+    world.xapi.refused["VDI.destroy", second_disk] = "VDI_IN_USE"
+    report = await world.sweep()
+    assert {failure.step.ref for failure in report.failed} == {first, second_disk}
+    assert world.exists(first, first_disk, second, second_disk) == [True, False, False, True]
+    assert world.xapi.db.mapping(vm, "blocked_operations") == {}
+    world.xapi.refused.clear()
+    assert (await world.sweep()).failed == ()
+    assert world.exists(first, second_disk) == [False, False]
+    assert await world.ledgers.runs() == []
+
+
+async def test_objects_that_vanish_under_the_sweep_are_fine(world: World) -> None:
+    vm, vdi = world.guest()
+    async with world.ledgers.begin(NODE) as ledger:
+        await world.snapshot(ledger, vm, vdi)
+    world.xapi.faults["VM.destroy"] = ["HANDLE_INVALID"]
+    world.xapi.faults["VDI.get_VBDs"] = ["HANDLE_INVALID"]
+    assert (await world.sweep()).failed == ()
+
+
+async def test_disks_that_a_user_attached_stay(world: World) -> None:
+    vm, vdi = world.guest()
+    async with world.ledgers.begin(NODE) as ledger:
+        _, disk = await world.snapshot(ledger, vm, vdi)
+    world.xapi.vbd(world.guest("rescue")[0], disk, 1)
+    report = await world.sweep()
+    assert world.exists(disk) == [True]
+    assert [note.reason for note in report.notes] == [f"of dead run {ledger.run}, but VM rescue uses it"]
+
+
+async def restored(world: World, ledger: RunLedger, *, made: bool, **fields: Any) -> tuple[str, str]:
+    item = await ledger.intend(Kind.VDI)
+    disk = world.xapi.vdi()
+    world.mark(disk, ledger, item, own=False)
+    item = await ledger.intend(Kind.VM, name="web")
+    vm = world.xapi.vm(import_name(ledger.run, item.number, "web"), **fields)
+    world.xapi.vbd(vm, disk)
+    if made:
+        await ledger.made(item, world.xapi.uuid(vm))
+    return vm, disk
+
+
+@pytest.mark.parametrize("made", [False, True])
+async def test_half_imported_vms_go_with_their_disks(world: World, made: bool) -> None:
+    async with world.ledgers.begin(NODE) as ledger:
+        vm, disk = await restored(world, ledger, made=made)
+    await world.sweep()
+    assert world.exists(vm, disk) == [False, False]
+
+
+async def test_restored_vms_that_are_complete_or_run_stay(world: World) -> None:
+    async with world.ledgers.begin(NODE) as ledger:
+        done, done_disk = await restored(world, ledger, made=True)
+        world.xapi.db.set(done, name_label="web")
+        runs, runs_disk = await restored(world, ledger, made=True, power_state="Running")
+    report = await world.sweep()
+    assert world.exists(done, done_disk, runs, runs_disk) == [True] * 4
+    assert [note.cls for note in report.notes if "power state" in note.reason] == ["VM"]
+
+
+async def test_switches_and_srs(world: World) -> None:
+    db, uuid = world.xapi.db, world.xapi.uuid
+    async with world.ledgers.begin(NODE) as ledger:
+        for before in ("", "true"):
+            sr = world.xapi.add_sr("nfs", other_config={"gc": "false", "x": before})
+            await ledger.intend(Kind.SWITCH, sr=uuid(sr), key="gc", value="false", before=before)
+        temporary = world.xapi.add_sr("nfs")
+        await ledger.intend(Kind.SR, uuid=uuid(temporary))
+        world.xapi.vdi(SR=temporary)
+        marked = world.xapi.add_sr("nfs")
+        world.mark(marked, ledger, await ledger.intend(Kind.SR), own=False)
+    await world.sweep()
+    assert world.exists(temporary, marked) == [False, False]
+    assert {c["x"]: c.get("gc") for sr in db.all("SR") if (c := db.mapping(sr, "other_config"))} == {
+        "": None,
+        "true": "true",
+    }
+
+
+async def test_what_a_host_may_still_make_is_waited_for(world: World) -> None:
+    vm, vdi = world.guest()
+    async with world.ledgers.begin(NODE) as ledger:
+        item = await ledger.intend(Kind.SNAPSHOT, vm_uuid=world.xapi.uuid(vm), name="web")
+        await ledger.intend(Kind.VDI, uuid="never there")
+    await world.sweep()
+    assert await world.open_items() == [item]
+    late = world.xapi.vm(snapshot_name(ledger.run, 1, "web"), is_a_snapshot=True, snapshot_of=vm)
+    world.xapi.vbd(late, world.snapshot_vdi(vdi))
+    await world.sweep()
+    assert world.exists(late) == [False]
+
+
+async def test_what_never_came_is_forgotten(world: World) -> None:
+    async with world.ledgers.begin(NODE) as ledger:
+        await ledger.intend(Kind.SNAPSHOT, vm_uuid="vm", name="web")
+    world.clock.advance(HOUR_S + 1)
+    await world.sweep()
+    assert await world.ledgers.runs() == []
+
+
+async def test_names_alone_are_not_enough(world: World) -> None:
+    vm, vdi = world.guest()
+    other, _ = world.guest("other")
+    async with world.ledgers.begin(NODE) as ledger:
+        item = await ledger.intend(Kind.SNAPSHOT, vm_uuid=world.xapi.uuid(vm), name="web")
+        name = snapshot_name(ledger.run, item.number, "web")
+        same = [
+            world.xapi.vm(name),
+            world.xapi.vm(name, is_a_template=True),
+            world.xapi.vm(name, is_a_snapshot=True, snapshot_of=other),
+        ]
+    await world.sweep()
+    assert world.exists(*same, vdi) == [True] * 4
+
+
+STAGES = st.sampled_from(["vm", "noted", "marked", "disk", "end"])
+RUNS = st.lists(
+    st.tuples(
+        st.sampled_from(["dead", "live", "other node"]),
+        st.lists(
+            st.tuples(st.sampled_from(["snapshot", "block", "restore", "base"]), STAGES, st.booleans()), max_size=4
+        ),
+    ),
+    max_size=4,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(RUNS, st.lists(st.sampled_from(["guest", "snapshot", "dom0", "block", "task"]), max_size=6), st.integers(0, 99))
+async def test_exactly_ours_and_dead_are_gone(
+    runs: list[tuple[str, list[tuple[str, str, bool]]]], foreign: list[str], seed: int
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        world = World(Path(directory), seed)
+        vm, vdi = world.guest()
+        for what in foreign:
+            make_foreign(world, what)
+        doomed, swept = await make_runs(world, [run for run in runs if run[0] != "live"], vm, vdi)
+        async with AsyncExitStack() as stack:
+            for fate, _ in runs:
+                if fate == "live":
+                    live = await stack.enter_async_context(world.ledgers.begin(NODE))
+                    await world.snapshot(live, vm, vdi)
+            before = world.xapi.everything()
+            report = await world.sweep()
+            after = world.xapi.everything()
+            assert report.failed == ()
+            assert set(before) - set(after) == doomed
+            assert {ref: plain(record, set()) for ref, record in after.items()} == {
+                ref: plain(record, swept) for ref, record in before.items() if ref not in doomed
+            }
+            assert (await world.sweep()).done == ()
+
+
+LISTS = {"VBDs", "VDIs", "snapshots"}
+
+
+def plain(record: dict[str, Any], swept: set[str]) -> dict[str, Any]:
+    """A record as it must be after a sweep: without who points to it, and without blocks of the ``swept`` runs."""
+    kept = {key: value for key, value in record.items() if key not in LISTS}
+    if "blocked_operations" in kept:
+        reasons = kept["blocked_operations"].items()
+        kept["blocked_operations"] = {
+            operation: reason for operation, reason in reasons if (run_of_reason(reason) or ("",))[0] not in swept
+        }
+    return kept
+
+
+def make_foreign(world: World, what: str) -> None:
+    vm, vdi = world.guest("foreign")
+    match what:
+        case "snapshot":
+            snapshot = world.xapi.vm("nightly", is_a_snapshot=True, snapshot_of=vm)
+            world.xapi.vbd(snapshot, world.snapshot_vdi(vdi))
+            world.xapi.vdi(is_a_snapshot=True, snapshot_of=vdi, type="cbt_metadata", cbt_enabled=True)
+        case "dom0":
+            world.xapi.vbd(world.xapi.dom0, world.snapshot_vdi(vdi), "autodetect", currently_attached=True)
+        case "block":
+            world.xapi.db.set(vm, blocked_operations={"pool_migrate": "someone's", "destroy": "never"})
+        case "task":
+            world.xapi.db.create("task", name_label="Async.VM.start", status="pending")
+
+
+async def make_runs(
+    world: World, runs: list[tuple[str, list[tuple[str, str, bool]]]], vm: str, vdi: str
+) -> tuple[set[str], set[str]]:
+    """The objects that must go, and the ids of dead runs of this node."""
+    doomed: set[str] = set()
+    swept: set[str] = set()
+    newest = ""
+    for fate, things in runs:
+        async with world.ledgers.begin(NODE if fate == "dead" else "other") as ledger:
+            swept |= {ledger.run} if fate == "dead" else set()
+            for kind, stage, flag in things:
+                made: set[str] = set()
+                if kind == "block":
+                    await world.block(ledger, world.guest("blocked")[0])
+                elif kind == "restore":
+                    made = await added(world, restored(world, ledger, made=flag))
+                elif kind == "snapshot":
+                    made = await added(world, world.snapshot(ledger, vm, vdi, until=stage))
+                    disk = next(ref for ref in made if world.xapi.db.cls(ref) == "VDI")
+                    if flag:
+                        world.copy_of(disk)
+                else:
+                    base = await world.base(ledger, vdi, "slot")
+                    if fate == "dead":
+                        doomed |= {newest} if newest else set()
+                        newest = base
+                doomed |= made if fate == "dead" else set()
+    return doomed, swept
+
+
+async def added(world: World, making: Awaitable[object]) -> set[str]:
+    known = set(world.xapi.everything())
+    await making
+    return set(world.xapi.everything()) - known
