@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import struct
 import tempfile
+import threading
 import uuid as uuids
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -145,6 +148,22 @@ def test_what_breaks_a_chain_is_an_error(sim: XenSim, api: Api, vdi: str) -> Non
         changed(api, first, second)
 
 
+@pytest.mark.parametrize("moment", ["snapshot", "resize"])
+def test_a_log_that_cannot_follow_ends_with_a_message(sim: XenSim, api: Api, vdi: str, moment: str) -> None:
+    first = api.VDI.snapshot(vdi, {})
+    sim.fault(f"cbt.{moment}", "fail")
+    if moment == "snapshot":
+        assert not api.VDI.get_cbt_enabled(api.VDI.snapshot(vdi, {}))
+    else:
+        api.VDI.resize(vdi, str(8 * MIB))
+    sim.clear()
+    sim.fault("storage.gc", "fail", times=1 << 30)
+    assert api.VDI.get_cbt_enabled(first)
+    assert not api.VDI.get_cbt_enabled(vdi)
+    message = sim.dump("message")["message"][-1]
+    assert (message["name"], message["obj_uuid"]) == (f"VDI_CBT_{moment.upper()}_FAILED", api.VDI.get_uuid(vdi))
+
+
 def test_a_log_of_the_wrong_size_is_inconsistent(state: Path, sim: XenSim, api: Api, vdi: str) -> None:
     first, second = api.VDI.snapshot(vdi, {}), api.VDI.snapshot(vdi, {})
     with log_of(state, api.VDI.get_uuid(second)).open("r+b") as file:
@@ -211,6 +230,47 @@ def test_a_crash_of_the_host_costs_the_log(tmp_path: Path) -> None:
         assert (message["name"], message["obj_uuid"]) == ("VDI_CBT_METADATA_INCONSISTENT", uuid)
         assert not list(tmp_path.glob(f"sr-*/{uuid}.cbtlog"))
         api.logout()
+
+
+def test_snapshots_hold_still_while_guest_and_coalescer_work(tmp_path: Path) -> None:
+    """Threads in earnest: what a snapshot read at first it reads at last, and no change goes untold."""
+    store, size, over = DiskStore(tmp_path), 64 * BLOCK, threading.Event()
+    disk = str(uuids.UUID(int=1))
+    store.create(disk, "sr", size)
+    store.tracking.enable(disk, size, attached=True)
+
+    def guest() -> None:
+        number = 0
+        while not over.is_set():
+            number += 1
+            store.write(disk, number * 7919 % (size - 9000), number.to_bytes(8, "little") * (1 + number % 1000))
+
+    def collector() -> None:
+        while not over.is_set():
+            coalesce.step(store, lambda node: True)
+
+    with ThreadPoolExecutor() as pool:
+        work = [pool.submit(guest), pool.submit(collector)]
+        try:
+            taken = []
+            for number in range(2, 62):
+                taken.append((str(uuids.UUID(int=number)), b""))
+                store.snapshot(disk, taken[-1][0], tracked=True)
+                taken[-1] = (taken[-1][0], store.read(taken[-1][0], 0, size))
+                if number % 3 == 0:
+                    store.destroy(taken.pop(number // 2 % len(taken))[0])
+        finally:
+            over.set()
+        for task in work:
+            task.result()
+    while coalesce.step(store, lambda node: True):
+        pass
+    for (older, before), (newer, after) in pairwise(taken):
+        assert store.read(newer, 0, size) == after
+        bits = store.tracking.changes(older, newer)
+        for block in range(size // BLOCK):
+            same = before[block * BLOCK :][:BLOCK] == after[block * BLOCK :][:BLOCK]
+            assert same or bits[block // 8] & (0x80 >> block % 8)
 
 
 class Disks(RuleBasedStateMachine):

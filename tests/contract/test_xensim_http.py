@@ -51,10 +51,11 @@ def sim(tmp_path_factory: pytest.TempPathFactory, image: Path) -> Iterator[XenSi
         {"name": "lvm", "type": "lvmoiscsi"},
         {"name": "beta only", "type": "ext", "hosts": ["beta"], "shared": False},
     ]
-    world = default_world(vms=[{"name": "vm", "disks": disks}], users=[BACKUP_USER], srs=srs)
-    with running_sim(world, tmp_path_factory.mktemp("sim"), time_scale=0.01) as running:
-        running.fault("storage.gc", "fail", times=1 << 30)
-        yield running
+    running = {"name": "running", "power_state": "Running", "disks": [{"sr": "nfs", "size": 2 * MIB}]}
+    world = default_world(vms=[{"name": "vm", "disks": disks}, running], users=[BACKUP_USER], srs=srs)
+    with running_sim(world, tmp_path_factory.mktemp("sim"), time_scale=0.01) as started:
+        started.fault("storage.gc", "fail", times=1 << 30)
+        yield started
 
 
 @pytest.fixture
@@ -261,6 +262,8 @@ def test_imports_that_hosts_refuse(sim: XenSim, api: Api, image: Path, tmp_path:
     raw = create(api, "lvm", SIZE, sm_config={"type": "raw"})
     (tmp_path / "disk").write_bytes(image.read_bytes())
     stream = to_vhd(tmp_path / "disk")
+    used = api.VDI.get_by_uuid(sim.disks("running")[0])
+    assert put(sim, api, used, bytes(2 * MIB))["error_info"][0] == "SR_BACKEND_FAILURE_46"
     assert "unimplemented: prezeroed" in put(sim, api, raw, stream, format="vhd")["error_info"]
 
 

@@ -17,6 +17,7 @@ from .routes import route
 from .storage import vhd
 from .storage.kinds import SIZE_MOST
 from .storage.manager import storage
+from .storage.tracking import backend_failure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,6 +125,8 @@ def _vhd(ctx: Context, vdi: Ref, base: Ref | None) -> Iterator[bytes | memoryvie
 def _receive(ctx: Context, request: HttpRequest, vdi: Ref, kind: str) -> None:
     db, store = ctx.db, storage(ctx).store
     storage(ctx).refuse_metadata(vdi)
+    if storage(ctx).writers(vdi):
+        raise backend_failure(46, "The VDI is not available [opterr=already attached RW]")
     uuid = db.text(vdi, "uuid")
     fault = ctx.world.faults.take("import.body", vdi)
     left = int(fault.params[0]) if fault and fault.params else 0

@@ -130,6 +130,7 @@ def resize(ctx: Context, vdi: Ref, size: int) -> None:
     needed = manager.full_size(sr, size_bytes) - manager.full_size(sr, old)
     if manager.free(sr) < needed:
         raise backend_failure(44, f"There is insufficient space [opterr=need {needed} bytes]")
+    manager.check_tracking(vdi, "resize")
     manager.store.resize(node.uuid, size_bytes)
     manager.refresh(sr, vdi)
 
@@ -205,7 +206,8 @@ def _split(ctx: Context, vdi: Ref, own: Record, *inherited: str) -> Ref:
         if manager.free(sr) < max(EXTENT, manager.full_size(sr, db.number(vdi, "virtual_size"))):
             raise backend_failure(44, "There is insufficient space [opterr=LVMNoVolume]")
         uuid = str(uuids.uuid4())
-        manager.store.snapshot(db.text(vdi, "uuid"), uuid, tracked="cbt_enabled" in inherited)
+        tracked = "cbt_enabled" in inherited and manager.check_tracking(vdi, "snapshot")
+        manager.store.snapshot(db.text(vdi, "uuid"), uuid, tracked=tracked)
         fields = _inherited(ctx, vdi, "SR", "virtual_size", *inherited)
         return _publish(ctx, fields | own | {"uuid": uuid, "location": uuid, "managed": True})
 

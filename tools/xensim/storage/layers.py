@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 UNIT: Final = 4096
 """Bytes that are present or absent in a layer as one; sizes of disks are multiples of it."""
+BLOCK: Final = 2 << 20
+"""What the BAT of a VHD counts."""
 _COPY_BYTES: Final = 4 << 20
 
 
@@ -32,6 +34,7 @@ class Layer:
         self._path = path
         self._fd = -1
         self.units: NDArray[np.bool_] = np.zeros(size_bytes // UNIT, dtype=np.bool_)
+        self.blocks: NDArray[np.bool_] = np.zeros(-(-size_bytes // BLOCK), dtype=np.bool_)
 
     @property
     def size_bytes(self) -> int:
@@ -45,9 +48,8 @@ class Layer:
 
     def grow(self, size_bytes: int) -> None:
         """Make room up to ``size_bytes``; what is there stays."""
-        more = size_bytes // UNIT - len(self.units)
-        if more > 0:
-            self.units = np.concatenate([self.units, np.zeros(more, dtype=np.bool_)])
+        self.units = _longer(self.units, size_bytes // UNIT)
+        self.blocks = _longer(self.blocks, -(-size_bytes // BLOCK))
 
     def open(self) -> int:
         """The descriptor, for writing whole units that are then told to ``add``."""
@@ -69,7 +71,9 @@ class Layer:
 
     def add(self, offset_bytes: int, length_bytes: int) -> None:
         """The units of this range are present from now on (their bytes were written before)."""
-        self.units[offset_bytes // UNIT : -(-(offset_bytes + length_bytes) // UNIT)] = True
+        end_bytes = offset_bytes + length_bytes
+        self.units[offset_bytes // UNIT : -(-end_bytes // UNIT)] = True
+        self.blocks[offset_bytes // BLOCK : -(-end_bytes // BLOCK)] = True
 
     def read_into(self, offset_bytes: int, view: memoryview) -> None:
         """Bytes of present units; behind the end of the file there are zeros."""
@@ -129,16 +133,16 @@ def read_chain(layers: Sequence[Layer], offset_bytes: int, view: memoryview) -> 
         view[start - offset_bytes : end - offset_bytes] = bytes(end - start)
 
 
-def allocated(layers: Sequence[Layer], size_bytes: int, block_bytes: int) -> NDArray[np.bool_]:
-    """Which blocks of a disk some layer has written to, as the BATs of a chain tell."""
-    per_block = block_bytes // UNIT
-    found = np.zeros(-(-size_bytes // block_bytes), dtype=np.bool_)
+def allocated(layers: Sequence[Layer], size_bytes: int) -> NDArray[np.bool_]:
+    """Which 2 MiB blocks of a disk some layer has written to, as the BATs of a chain tell."""
+    found = np.zeros(-(-size_bytes // BLOCK), dtype=np.bool_)
     for layer in layers:
-        whole = len(layer.units) // per_block
-        found[:whole] |= layer.units[: whole * per_block].reshape(whole, per_block).any(axis=1)
-        if layer.units[whole * per_block :].any():
-            found[whole] = True
+        found[: len(layer.blocks)] |= layer.blocks
     return found
+
+
+def _longer(flags: NDArray[np.bool_], length: int) -> NDArray[np.bool_]:
+    return np.concatenate([flags, np.zeros(max(0, length - len(flags)), dtype=np.bool_)])
 
 
 def copy_range(source: int, source_offset: int, target: int, target_offset: int, length_bytes: int) -> int:

@@ -136,8 +136,20 @@ class StorageManager:
     def _activate(self, vdi: Ref) -> None:
         """Open for writing: a log that a crash left inconsistent ends here (SM, blktap2.py)."""
         if not self.store.tracking.activate(self._db.text(vdi, "uuid")):
-            self._db.set(vdi, cbt_enabled=False)
-            self._world.alert("VDI_CBT_METADATA_INCONSISTENT", "VDI", vdi)
+            self._stop_tracking(vdi, "VDI_CBT_METADATA_INCONSISTENT")
+
+    def check_tracking(self, vdi: Ref, moment: str) -> bool:
+        """Whether a VDI is tracked still: a fault on ``cbt.snapshot`` or ``cbt.resize`` is what ends it in SM."""
+        tracked = self._db.flag(vdi, "cbt_enabled")
+        if tracked and self._world.faults.take(f"cbt.{moment}", vdi):
+            self.store.tracking.disable(self._db.text(vdi, "uuid"))
+            self._stop_tracking(vdi, f"VDI_CBT_{moment.upper()}_FAILED")
+            return False
+        return tracked
+
+    def _stop_tracking(self, vdi: Ref, message: str) -> None:
+        self._db.set(vdi, cbt_enabled=False)
+        self._world.alert(message, "VDI", vdi)
 
     def refuse_metadata(self, vdi: Ref) -> None:
         """Raises Failure VDI_INCOMPATIBLE_TYPE for what data_destroy has left."""

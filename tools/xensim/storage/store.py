@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from ..failures import Failure
-from .layers import UNIT, Layer, allocated, copy_range, data_ranges, read_chain
+from .layers import BLOCK, UNIT, Layer, allocated, copy_range, data_ranges, read_chain
 from .tracking import Tracking, backend_failure
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-MIB: Final = 1 << 20
-VHD_BLOCK: Final = 2 * MIB
 # A VHD block on disk: bitmap sector and data, aligned by tapdisk to a pitch of 4104 sectors (blktap libvhd.c).
 VHD_PITCH: Final = 4104 * 512
 CHAIN_MOST: Final = 30
@@ -164,9 +162,9 @@ class DiskStore:
     def copy(self, uuid: str, target: str) -> None:
         """Write the content of a disk into another that is at least as long."""
         layers, size_bytes = self.chain(self.node(uuid)), self.node(uuid).size_bytes
-        for index in allocated(layers, size_bytes, VHD_BLOCK).nonzero()[0].tolist():
-            start = index * VHD_BLOCK
-            data = bytearray(min(VHD_BLOCK, size_bytes - start))
+        for index in allocated(layers, size_bytes).nonzero()[0].tolist():
+            start = index * BLOCK
+            data = bytearray(min(BLOCK, size_bytes - start))
             read_chain(layers, start, memoryview(data))
             self.write(target, start, memoryview(data))
 
@@ -205,12 +203,11 @@ class DiskStore:
         if base is not None:
             other = self.chain(self.node(base))
             layers = [layer for layer in layers if layer not in other] + [one for one in other if one not in layers]
-        return allocated(layers, node.size_bytes, VHD_BLOCK)
+        return allocated(layers, node.size_bytes)
 
     def utilisation(self, node: Node) -> int:
         """Bytes the layer of a node would take as a VHD file."""
-        own = allocated([node.layer], node.size_bytes, VHD_BLOCK)
-        return vhd_overhead(node.size_bytes) + int(own.sum()) * VHD_PITCH
+        return vhd_overhead(node.size_bytes) + int(node.layer.blocks.sum()) * VHD_PITCH
 
     def _place(self, sr: str) -> Path:
         path = self._dir / f"sr-{sr}"
@@ -224,6 +221,6 @@ class DiskStore:
 
 def vhd_overhead(size_bytes: int) -> int:
     """Headers, BAT and batmap of a VHD, in bytes."""
-    entries = -(-size_bytes // VHD_BLOCK)
+    entries = -(-size_bytes // BLOCK)
     bat_sectors, batmap_sectors = -(-entries * 4 // 512), -(-entries // (8 * 512))
     return 512 * (2 + 2 + bat_sectors + 1 + batmap_sectors)
