@@ -20,7 +20,7 @@ import structlog  # noqa: F401 - later, as another user, it may not be readable
 
 import xbfs.fuse.operations  # noqa: F401 - the same
 from tests.support.engine import PASSPHRASE
-from xbfs.fuse.mount import DataPlaneKind, MountOptions, serve
+from xbfs.fuse.mount import DataPlaneKind, MountOptions, MountServer
 from xbfs.vfs.filesystem import ViewOptions
 from xbfs.vfs.tree import Tree
 from xbfs_engine.catalog.catalog import Catalog
@@ -86,7 +86,7 @@ def main() -> int:
         sys.stdout.flush()
 
     try:
-        serve(repository, Catalog(repository), arguments.directory, options, ready=ready)
+        MountServer(repository, Catalog(repository), arguments.directory, options).serve(ready)
     except XbfsError as exc:
         sys.stderr.write(f"{type(exc).__name__}: {exc.message}\n")
         return exc.exit_code

@@ -23,7 +23,7 @@ def mount(arguments: argparse.Namespace, output: Output) -> None:
     # Whatever is wrong here is said before anybody types a passphrase.
     mountpoint.check_installed()
     path = mountpoint.prepare(directory, storage_of(arguments).location())
-    from xbfs.fuse.mount import DataPlaneKind, MountOptions, serve, serve_in_background
+    from xbfs.fuse.mount import DataPlaneKind, MountOptions, MountServer
     from xbfs.vfs.filesystem import ViewOptions
 
     repository = repository_of(arguments)
@@ -36,17 +36,11 @@ def mount(arguments: argparse.Namespace, output: Output) -> None:
         data_plane=DataPlaneKind(arguments.data_plane),
     )
     output.result({"mount_point": str(path), "background": arguments.background})
+    server = MountServer(repository, catalog, directory, options, index)
     if log_file is None:
-        serve(
-            repository,
-            catalog,
-            directory,
-            options,
-            locator=index,
-            ready=lambda: output.say_now(f"mounted on {path}; Ctrl-C or `xbfs umount {path}` ends it"),
-        )
+        server.serve(lambda: output.say_now(f"mounted on {path}; Ctrl-C or `xbfs umount {path}` ends it"))
         return
-    pid = serve_in_background(repository, catalog, directory, options, locator=index)
+    pid = server.serve_in_background()
     output.result({"pid": pid, "log_file": str(log_file)})
     output.say(f"mounted on {path}; process {pid} serves it and logs to {log_file}")
 

@@ -1,6 +1,6 @@
 """The life of a mount: mount, serve until unmounted or told to stop, unmount.
 
-``mount`` is for an event loop that may run elsewhere too; ``serve`` is a whole process in the foreground and
+``MountServer.run`` is for an event loop that may run elsewhere too; ``serve`` is a whole process in the foreground and
 ``serve_in_background`` one that goes on after its parent has returned. libfuse keeps one mount per process.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -61,75 +61,59 @@ class MountOptions:
     data_plane: DataPlaneKind = DataPlaneKind.DEVICE
 
 
-async def mount(
-    repository: Repository,
-    catalog: Catalog,
-    directory: Path,
-    options: MountOptions,
-    *,
-    locator: Locator | None = None,
-    ready: Callable[[], None] = lambda: None,
-) -> None:
-    """Mount and serve until somebody unmounts or SIGTERM or SIGINT comes; ``ready`` is called once it is usable.
+@dataclass(frozen=True, slots=True)
+class MountServer:
+    """A mount of ``repository`` on ``directory``, to be served once. ``locator`` finds chunks that compaction moved."""
 
-    Raises FuseMissing, MountPoint..., MountFailed; StorageError if the restore points can not be listed.
-    """
-    mountpoint.check_installed()
-    from xbfs.fuse.operations import Operations
+    repository: Repository
+    catalog: Catalog
+    directory: Path
+    options: MountOptions = field(default_factory=MountOptions)
+    locator: Locator | None = None
 
-    path = mountpoint.prepare(directory, repository.storage.location())
-    filesystem = FileSystem(repository, catalog, options.view, locator)
-    try:
+    async def run(self, ready: Callable[[], None] = lambda: None) -> None:
+        """Mount and serve until somebody unmounts or SIGTERM or SIGINT comes; ``ready`` is called once it is usable.
+
+        Raises FuseMissing, MountPoint..., MountFailed; StorageError if the restore points can not be listed.
+        """
+        mountpoint.check_installed()
+        from xbfs.fuse.operations import Operations
+
+        options = self.options
+        path = mountpoint.prepare(self.directory, self.repository.storage.location())
+        filesystem = FileSystem(self.repository, self.catalog, options.view, self.locator)
         try:
-            with trio.fail_after(options.view.deadline_s):
+            await self._list(filesystem)
+            files = OpenFiles()
+            operations = Operations(filesystem, files, for_others=options.allow_other)
+            connect = _by_device if options.data_plane is DataPlaneKind.DEVICE else _by_libfuse
+            with mountpoint.unmounted_after_death(path), connect(operations, files, filesystem, path, options) as plane:
+                await _serve(filesystem, plane, path, ready)
+        finally:
+            filesystem.close()
+
+    def serve(self, ready: Callable[[], None] = lambda: None) -> None:
+        """``run`` as a whole process: returns when the mount is gone."""
+        trio.run(self.run, ready)
+
+    def serve_in_background(self) -> int:
+        """``serve`` in a process of its own; returns its pid once the mount is usable.
+
+        Must be called before this process starts threads. Raises what ``run`` raises.
+        """
+        mountpoint.check_installed()
+        mountpoint.prepare(self.directory, self.repository.storage.location())
+        server = replace(self, directory=mountpoint.resolved(self.directory))
+        return run_in_background(server.serve, self.options.log_file)
+
+    async def _list(self, filesystem: FileSystem) -> None:
+        limit_s = self.options.view.deadline_s
+        try:
+            with trio.fail_after(limit_s):
                 await filesystem.refresh()
         except trio.TooSlowError as exc:
-            where = repository.storage.location()
-            raise StorageTimeout(f"{where} did not list its restore points in {options.view.deadline_s:g} s") from exc
-        files = OpenFiles()
-        operations = Operations(filesystem, files, for_others=options.allow_other)
-        connect = _by_device if options.data_plane is DataPlaneKind.DEVICE else _by_libfuse
-        with mountpoint.unmounted_after_death(path), connect(operations, files, filesystem, path, options) as plane:
-            await _serve(filesystem, plane, path, ready)
-    finally:
-        filesystem.close()
-
-
-def serve(
-    repository: Repository,
-    catalog: Catalog,
-    directory: Path,
-    options: MountOptions,
-    *,
-    locator: Locator | None = None,
-    ready: Callable[[], None] = lambda: None,
-) -> None:
-    """``mount`` as a whole process: returns when the mount is gone."""
-
-    async def run() -> None:
-        await mount(repository, catalog, directory, options, locator=locator, ready=ready)
-
-    trio.run(run)
-
-
-def serve_in_background(
-    repository: Repository,
-    catalog: Catalog,
-    directory: Path,
-    options: MountOptions,
-    *,
-    locator: Locator | None = None,
-) -> int:
-    """``serve`` in a process of its own; returns its pid once the mount is usable.
-
-    Must be called before this process starts threads. Raises what ``mount`` raises.
-    """
-    mountpoint.check_installed()
-    mountpoint.prepare(directory, repository.storage.location())
-    absolute = mountpoint.resolved(directory)
-    return run_in_background(
-        lambda ready: serve(repository, catalog, absolute, options, locator=locator, ready=ready), options.log_file
-    )
+            where = self.repository.storage.location()
+            raise StorageTimeout(f"{where} did not list its restore points in {limit_s:g} s") from exc
 
 
 @contextmanager

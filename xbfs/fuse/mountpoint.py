@@ -136,7 +136,8 @@ def _is_dead(path: Path) -> bool:
     try:
         os.statvfs(path)  # unlike stat never answered from the kernel's cache
     except OSError as exc:
-        return exc.errno == errno.ENOTCONN
+        # ECONNABORTED: the server died while we asked.
+        return exc.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False
 
 
