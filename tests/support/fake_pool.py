@@ -371,9 +371,6 @@ class FakeAccess:
         ).ljust(-(-size_bytes // VDI_BLOCK // 8) * 8, "0")
         return AllocatedBlocks(size_bytes, VDI_BLOCK, int(bits, 2).to_bytes(len(bits) // 8) if bits else b"")
 
-    async def metadata(self, vm_ref: str) -> bytes:
-        return f"archive of {self.pool.uuid(vm_ref)}".encode()
-
     def _open(self, way: str, disk: Wanted) -> MemorySource:
         self.opened += 1
         if disk.vdi_ref not in self.pool.content:

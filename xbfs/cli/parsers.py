@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from xbfs import __version__
+from xbfs.cli.backup_vm_parsers import add_backup_vm
 from xbfs.cli.xen_parsers import add_pool
 from xbfs_engine.core.errors import UsageError
 from xbfs_engine.core.limits import DISKS_PER_POINT_MAX, GIB, KIB, MIB
@@ -146,7 +147,9 @@ def _add_keys(verbs: _Verbs) -> None:
 
 
 def _add_backup(verbs: _Verbs) -> None:
-    image = verbs.group("backup", "make a restore point").add(
+    backup = verbs.group("backup", "make a restore point")
+    add_backup_vm(backup)
+    image = backup.add(
         "image",
         "backup:image",
         "back up local disk images or block devices as one restore point",

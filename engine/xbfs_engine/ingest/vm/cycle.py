@@ -1,6 +1,6 @@
 """The cycle for one VM: from its blocked migration to its freed snapshot, with the commit of the point in between.
 
-Order (xen-api; the order in which a crash does the least harm): leftovers, block, enable_cbt, VM.snapshot with
+Order (xen-api; the order in which a crash does the least harm): block, enable_cbt, VM.snapshot with
 markers, list_changed_blocks, read, commit, VM.destroy, data_destroy, destroy the old base, unblock. Everything made is
 in the ledger before; what a failure before the commit leaves is undone here, what a crash leaves by a sweep. The old
 base goes only after the commit.
@@ -127,8 +127,6 @@ class VmCycle:
         last = self._target.catalog.latest(vm.uuid)
         bases = Bases(self._target.repository.id, vm.uuid, self._previous(last))
         older = OlderBases(origin.xapi, origin.patience, bases, node=origin.ledger.node, live=origin.live)
-        for disk in vm.disks:
-            await older.end_others(disk.vdi_ref, disk.number, set(bases.previous.values()))
         self._step("keeping it from being migrated")
         async with migration_blocked(origin.xapi, origin.patience, origin.ledger, vm_ref=vm.ref, vm_uuid=vm.uuid):
             taker = SnapshotTaker(

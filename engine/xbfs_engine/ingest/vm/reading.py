@@ -16,7 +16,7 @@ from xbfs_engine.core.errors import PoolError
 from xbfs_engine.formats.vhd_stream import AllocatedBlocks, allocated_blocks
 from xbfs_engine.ingest.vm.stream_disk import StreamDisk
 from xbfs_engine.source.nbd import NbdTarget, TlsPolicy, open_nbd_disk
-from xbfs_engine.source.xapi.http import export_metadata, export_raw
+from xbfs_engine.source.xapi.http import export_raw
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -58,10 +58,6 @@ class DiskAccess(Protocol):
 
     async def allocation(self, vdi_ref: Ref, size_bytes: int) -> AllocatedBlocks:
         """What of the disk is allocated. Raises PoolError, SourceUnreadable."""
-        ...
-
-    async def metadata(self, vm_ref: Ref) -> bytes:
-        """The VM's metadata archive. Raises PoolError."""
         ...
 
 
@@ -108,10 +104,6 @@ class PoolAccess:
             return await trio.to_thread.run_sync(
                 lambda: allocated_blocks(read, disk_size_bytes=size_bytes), abandon_on_cancel=True
             )
-
-    async def metadata(self, vm_ref: Ref) -> bytes:
-        """See DiskAccess."""
-        return await export_metadata(self._pool, vm_ref)
 
 
 async def nbd_targets(pool: Pool, vdi_ref: Ref) -> list[NbdTarget]:

@@ -140,7 +140,7 @@ class SnapshotTaker:
         """Record and mark a VDI that came with the snapshot VM, whose name told of it until now.
 
         ``slot``: it may become the base of the next delta, and is kept from here on: nobody can tell the moment of
-        the commit. If the run dies before, the next run of this VM sees in the repository that it is none.
+        the commit. If the run dies before, the sweep of the next one learns from the repository that it is none.
         """
         item = await self._ledger.intend(Kind.VDI, vm_uuid=self._vm.uuid, uuid=uuid)
         if slot is not None:
