@@ -220,6 +220,20 @@ async def test_changes_are_never_sent_twice(host: FakeHost) -> None:
     assert len(host.named("VM.snapshot")) == 1
 
 
+async def test_a_host_that_breaks_off_twice_is_not_taken_for_the_master_for_ever(two: list[FakeHost]) -> None:
+    stuck, well = two
+    stuck.methods["VM.destroy"] = cut(stuck)
+    well.methods["VM.destroy"] = lambda *_: ""
+    async with opened(pool_config(stuck, well)) as pool:
+        stuck.methods["session.login_with_password"] = cut(stuck)
+        for _ in range(2):
+            with pytest.raises(CallBroken):
+                await pool.call("VM.destroy", "vm")
+        await pool.call("VM.destroy", "vm")
+        assert pool.master == well.address
+    assert len(stuck.named("VM.destroy")) == 2
+
+
 async def test_a_call_has_a_deadline_and_leaves_no_thread(host: FakeHost) -> None:
     until = threading.Event()
     host.methods["VM.snapshot"] = lambda *_: until.wait(10)

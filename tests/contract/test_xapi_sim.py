@@ -124,6 +124,23 @@ async def test_a_session_that_expired_is_renewed(sim: XenSim) -> None:
         assert await pool.call("VM.get_all")
 
 
+@pytest.mark.parametrize("old_is_down", [False, True])
+async def test_another_host_becomes_master(sim: XenSim, old_is_down: bool) -> None:
+    old, new = sim.hosts
+    async with opened(sim) as pool:
+        assert pool.master.host == old.address
+        sim.do("set_master", host=new.name)
+        sim.do("offline", host=old.name, value=old_is_down)
+        try:
+            vm = await pool.call("VM.get_by_uuid", sim.vm("web")["uuid"])
+            await pool.call("VM.add_tags", vm, "moved")
+            await pool.call("VM.remove_tags", vm, "moved")
+            assert pool.master.host == new.address
+        finally:
+            sim.do("offline", host=old.name, value=False)
+            sim.do("set_master", host=old.name)
+
+
 async def test_reads_outlive_a_broken_connection(sim: XenSim) -> None:
     async with opened(sim) as pool:
         sim.fault("VM.get_all", "drop_after")

@@ -108,6 +108,7 @@ class Pool:
         self._retry_delays_s = retry_delays_s
         self._master = config.addresses[0]
         self._session = ""
+        self._breaks = 0  # calls in a row whose connection broke
         self._login_lock = trio.Lock()
         self._idle: list[tuple[float, Link]] = []
         self._calls = trio.CapacityLimiter(CALLS_MAX)
@@ -143,7 +144,7 @@ class Pool:
         while True:
             try:
                 session = await self.session()
-                return await self._send(self._master, method, [session, *arguments], timeout_s)
+                value = await self._send(self._master, method, [session, *arguments], timeout_s)
             except Refused as exc:
                 code = exc.description[0] if exc.description else ""
                 if code == SESSION_INVALID and not renewed:
@@ -156,14 +157,18 @@ class Pool:
                     raise self._failure(method, exc, session) from None
             except PoolUnreachable as exc:
                 sent = isinstance(exc, CallBroken)
+                self._breaks += 1
+                if not sent or self._breaks > 1:
+                    # No connection, or only such that break: another host may be the master now; logging in finds it.
+                    self._forget(session)
                 delay = next(delays, None)
                 if delay is None or (sent and not _is_read(method)):
                     raise
                 _log.info("call_tried_again", method=method, reason=exc.message)
-                if not sent:
-                    # Not even a connection: perhaps another host is the master now, and logging in finds it.
-                    self._forget(session)
                 await trio.sleep(delay)
+            else:
+                self._breaks = 0
+                return value
 
     async def run_task(
         self,
