@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from xbfs_engine.ingest.vm.patience import Patience
     from xbfs_engine.source.xapi.session import Ref, Xapi, XapiValue
 
-IN_USE_TRIES: Final = 10
-IN_USE_PAUSE_S: Final = 5.0
-"""As long as other clients were seen to need (Xen Orchestra, issues 7826 and 7960)."""
+IN_USE_PAUSES_S: Final = (0.5, 1.0, 2.0, *(5.0,) * 9)
+"""Mostly a host lets go within a second or two; ten times five seconds is what other clients were seen to need (Xen
+Orchestra, issues 7826 and 7960)."""
+
+_STUBBORN_S: Final = 2.0
+"""After such a pause a host is helped to let go; before it may just be about to."""
 
 _DESTROY_TIMEOUT_S: Final = 600.0
 _IN_USE: Final = frozenset({"VDI_IN_USE", "SR_BACKEND_FAILURE_24"})
@@ -45,16 +48,17 @@ async def destroy_vm(xapi: Xapi, patience: Patience, ref: Ref) -> None:
 
 
 async def _insist(xapi: Xapi, patience: Patience, method: str, ref: Ref) -> None:
-    for attempt in range(1, IN_USE_TRIES + 1):
+    for pause_s in (*IN_USE_PAUSES_S, None):
         try:
             await _gone_is_fine(xapi, patience, method, ref)
         except XapiFailure as exc:
-            if exc.code not in _IN_USE or attempt == IN_USE_TRIES:
+            if exc.code not in _IN_USE or pause_s is None:
                 raise
         else:
             return
-        await trio.sleep(IN_USE_PAUSE_S)
-        await _detach(xapi, ref)
+        await trio.sleep(pause_s)
+        if pause_s >= _STUBBORN_S:
+            await _detach(xapi, ref)
 
 
 async def _gone_is_fine(xapi: Xapi, patience: Patience, method: str, ref: Ref) -> None:
