@@ -118,7 +118,7 @@ class FakeXapi:
         ref = self.db.check(cls, arguments[0])
         if name == "get_record":
             return self.db.get(ref)
-        if name.startswith("get_"):
+        if name.startswith("get_") and name.removeprefix("get_") in self.db.get(ref):
             return self.db.field(ref, name.removeprefix("get_"))
         for verb in ("add_to_", "remove_from_"):
             if name.startswith(verb):

@@ -308,10 +308,11 @@ async def test_objects_that_vanish_under_the_sweep_are_fine(world: World) -> Non
 async def test_disks_that_a_user_attached_stay(world: World) -> None:
     vm, vdi = world.guest()
     async with world.ledgers.begin(NODE) as ledger:
-        _, disk = await world.snapshot(ledger, vm, vdi)
+        snapshot, disk = await world.snapshot(ledger, vm, vdi)
     world.xapi.vbd(world.guest("rescue")[0], disk, 1)
+    world.xapi.vbd(snapshot, vdi, 1)
     report = await world.sweep()
-    assert world.exists(disk) == [True]
+    assert world.exists(disk, vdi) == [True, True]
     assert [note.reason for note in report.notes] == [f"of dead run {ledger.run}, but VM rescue uses it"]
 
 

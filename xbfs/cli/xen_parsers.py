@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from xbfs.cli.pool_check_parsers import add_pool_checks
+
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
@@ -69,3 +71,4 @@ def add_pool(verbs: Verbs) -> None:
             metavar="SHA256",
             help="accept this certificate without asking; may be given several times",
         )
+    add_pool_checks(pool)

@@ -215,8 +215,7 @@ class _Planner:
         return found[0] if len(found) == 1 else None
 
     def _is_named(self, vm: Vm, owner: Owner) -> bool:
-        marker = marker_of(vm.other_config)
-        if vm.name != _name(owner) or (marker is not None and marker.is_on(vm.uuid)):
+        if vm.name != _name(owner):
             return False
         if owner.item.kind is Kind.VM:
             return not vm.is_a_template
