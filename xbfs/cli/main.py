@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 from xbfs.cli.output import Output
 from xbfs.cli.parsers import parse
+from xbfs_engine.core.allocator import keep_freed_memory
 from xbfs_engine.core.errors import Cancelled, XbfsError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (without the program's name); returns the exit code."""
     # numpy's BLAS would start threads that nobody uses, and before `mount --background` forks.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    keep_freed_memory()
     words = list(sys.argv[1:] if arguments is None else arguments)
     output = Output(json="--json" in words)
     signal.signal(signal.SIGTERM, _on_terminate)

@@ -138,8 +138,18 @@ class _File:
         self._output = output
 
     def write(self, batch: Batch, parts: Sequence[tuple[int, Buffer]]) -> None:
+        run: list[Buffer] = []
+        start = end = -1
         for at, data in parts:
-            self._output.write_at(at, data)
+            if run and at != end:
+                self._output.write_all_at(start, run)
+                run = []
+            if not run:
+                start = at
+            run.append(data)
+            end = at + memoryview(data).nbytes
+        if run:
+            self._output.write_all_at(start, run)
 
     def stop(self) -> None:
         pass

@@ -12,6 +12,7 @@ import errno
 import os
 import re
 import stat
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
@@ -158,11 +159,19 @@ class AtomicOutput:
 
     def write_at(self, offset: int, data: Buffer) -> None:
         """Write all of ``data`` at ``offset``; ranges never written read as zeros. Any thread may call this."""
-        view = memoryview(data).cast("B")
+        self.write_all_at(offset, [data])
+
+    def write_all_at(self, offset: int, parts: Sequence[Buffer]) -> None:
+        """Write ``parts`` (at most 1024) one behind the other from ``offset``. Any thread may call this."""
+        left = deque(memoryview(part).cast("B") for part in parts)
         try:
-            while view.nbytes:
-                written = os.pwrite(self.fd, view, offset)
-                view, offset = view[written:], offset + written
+            while left:
+                written = os.pwritev(self.fd, left, offset)
+                offset += written
+                while left and written >= left[0].nbytes:
+                    written -= left.popleft().nbytes
+                if written:
+                    left[0] = left[0][written:]
         except OSError as exc:
             raise _target_error(exc, self._path) from exc
 
