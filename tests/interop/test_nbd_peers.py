@@ -12,7 +12,7 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.engine import pattern
+from tests.support.engine import Engine, pattern
 from tests.support.nbd_certificates import HOST_NAME, Identity, identity, issued
 from tests.support.nbd_reading import opened, read_reads, steps
 from tests.support.nbd_servers import nbdkit, needs_nbdkit, needs_qemu_nbd, qemu_nbd, target
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from xbfs_engine.source.base import Extent
     from xbfs_engine.source.nbd import NbdTarget
 
+CBT = 64 << 10
 MIB = 1 << 20
 SIZE = 23 * MIB + 512
 
@@ -184,3 +185,30 @@ def test_any_reads_of_any_disk(
 
     found = trio.run(run)
     assert found == {(offset, length): content[offset : offset + length] for offset, length in reads}
+
+
+@needs_nbdkit
+@pytest.mark.parametrize("tls", [False, True])
+async def test_backups_read_over_nbd(disk: Path, certificates: Path, tmp_path: Path, *, tls: bool) -> None:
+    """The whole write path: a full backup, then a delta of changed blocks."""
+    engine = Engine.fresh(tmp_path / "cache")
+    with nbdkit("file", str(disk), certificates=certificates if tls else None) as port:
+        place = target(port, identity(HOST_NAME) if tls else None)
+        async with opened(SIZE, place) as source:
+            first = await engine.run({0: (source, None)}).run()
+        assert engine.read(first.disks[0]) == pattern(1, SIZE)
+        async with opened(SIZE, place) as source:
+            later = await engine.run({0: (source, [(0, CBT), (5 * MIB, 3 * CBT), (SIZE - 512, 512)])}).run()
+    assert engine.read(later.disks[0]) == pattern(1, SIZE)
+    assert later.disks[0].statistics.source_bytes == 4 * CBT + 512
+
+
+@needs_nbdkit
+async def test_a_backup_that_breaks_leaves_no_point(disk: Path, tmp_path: Path) -> None:
+    engine = Engine.fresh(tmp_path / "cache")
+    with nbdkit("--filter=error", "file", str(disk), "error-pread=EIO", "error-pread-rate=100%") as port:
+        place = target(port)
+        with pytest.raises(TransferFailed), trio.fail_after(20):
+            async with opened(SIZE, place, connections=1) as source:
+                await engine.run({0: (source, None)}).run()
+    assert engine.points() == []
