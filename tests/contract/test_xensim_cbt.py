@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tests.support.xensim import BACKUP_USER, MIB, XenSim, default_world, running_sim
 from tests.support.xensim_client import Api, login
@@ -257,8 +257,8 @@ def test_snapshots_hold_still_while_guest_and_coalescer_work(tmp_path: Path) -> 
                 taken.append((str(uuids.UUID(int=number)), b""))
                 store.snapshot(disk, taken[-1][0], tracked=True)
                 taken[-1] = (taken[-1][0], store.read(taken[-1][0], 0, size))
-                if number % 3 == 0:
-                    store.destroy(taken.pop(number // 2 % len(taken))[0])
+                if len(taken) > 10:
+                    store.destroy(taken.pop(number * 5 % len(taken))[0])
         finally:
             over.set()
         for task in work:
@@ -276,6 +276,7 @@ def test_snapshots_hold_still_while_guest_and_coalescer_work(tmp_path: Path) -> 
 class Disks(RuleBasedStateMachine):
     """Writes, snapshots, clones, growth and destruction in any order, with the coalescer at work."""
 
+    REST: ClassVar = ("drop", "restart", "grow", "merge", "merge")
     SIZES: ClassVar = (640 * KIB, 704 * KIB, 1088 * KIB)
 
     def __init__(self) -> None:
@@ -314,34 +315,49 @@ class Disks(RuleBasedStateMachine):
         self.store.tracking.enable(uuid, len(self.content[uuid]), attached=False)
         self.lines.append([(uuid, set())])
 
-    @rule(data=st.data(), first=st.integers(0, 269), length=st.integers(1, 100_000), byte=st.integers(0, 255))
-    def write(self, data: st.DataObject, first: int, length: int, byte: int) -> None:
-        uuid = self.pick(data, self.leaves)
-        offset = first * 4096 + byte
-        piece = bytes([byte]) * min(length, len(self.content[uuid]) - offset)
-        if piece:
-            self.store.write(uuid, offset, piece)
-            self.content[uuid][offset : offset + len(piece)] = piece
-            if found := self.line(uuid):
-                found[0][found[1]][1].update(range(offset // BLOCK, (offset + len(piece) - 1) // BLOCK + 1))
+    @rule(data=st.data(), kind=st.sampled_from([*["write", "split"] * 2, "write", "clone", "destroy", *REST]))
+    def step(self, data: st.DataObject, kind: str) -> None:
+        """One rule for all, so that swarms of hypothesis leave nothing out."""
+        kept = [one for one in self.content if self.store.find(one)]
+        tracked = [one for one in kept if one not in self.leaves and self.line(one)]
+        match kind:
+            case "write":
+                self.write(self.pick(data, self.leaves), data)
+            case "split" | "clone" if len(self.content) < 12:
+                self.split(self.pick(data, kept if kind == "clone" else self.leaves), tracked=kind == "split")
+            case "destroy":
+                self.destroy(self.pick(data, list(self.content)))
+            case "drop" if tracked:
+                self.store.drop_data(self.pick(data, tracked))
+            case "restart":
+                self.restart(self.pick(data, self.leaves))
+            case "grow":
+                self.grow(self.pick(data, self.leaves), data.draw(st.sampled_from(self.SIZES)))
+            case "merge":
+                self.coalesce(data.draw(st.integers(1, 20)))
 
-    @precondition(lambda self: len(self.content) < 12)
-    @rule(data=st.data(), clone=st.booleans())
-    def split(self, data: st.DataObject, clone: bool) -> None:
-        uuid = self.pick(data, [one for one in self.content if self.store.find(one)] if clone else self.leaves)
+    def write(self, uuid: str, data: st.DataObject) -> None:
+        content = self.content[uuid]
+        offset = data.draw(st.integers(0, len(content) - 1))
+        length = min(data.draw(st.integers(1, 100_000)), len(content) - offset)
+        piece = bytes([data.draw(st.integers(0, 255))]) * length
+        self.store.write(uuid, offset, piece)
+        content[offset : offset + length] = piece
+        if found := self.line(uuid):
+            found[0][found[1]][1].update(range(offset // BLOCK, (offset + length - 1) // BLOCK + 1))
+
+    def split(self, uuid: str, *, tracked: bool) -> None:
         self.made += 1
         new = str(uuids.UUID(int=self.made))
-        self.store.snapshot(uuid, new, tracked=not clone)
+        self.store.snapshot(uuid, new, tracked=tracked)
         self.content[new] = bytearray(self.content[uuid])
-        if clone:
+        if not tracked:
             self.leaves.append(new)
         elif found := self.line(uuid):
             line, number = found
             line[number:] = [(new, line[number][1]), (uuid, set())]
 
-    @rule(data=st.data())
-    def destroy(self, data: st.DataObject) -> None:
-        uuid = self.pick(data, list(self.content))
+    def destroy(self, uuid: str) -> None:
         if uuid in self.leaves and len(self.leaves) == 1:
             return
         self.store.destroy(uuid)
@@ -354,29 +370,18 @@ class Disks(RuleBasedStateMachine):
                 line[number + 1][1].update(line[number][1])
             del line[number]
 
-    @rule(data=st.data())
-    def data_destroy(self, data: st.DataObject) -> None:
-        tracked = [one for one in self.content if one not in self.leaves and self.line(one) and self.store.find(one)]
-        if tracked:
-            self.store.drop_data(self.pick(data, tracked))
-
-    @rule(data=st.data())
-    def restart_tracking(self, data: st.DataObject) -> None:
-        uuid = self.pick(data, self.leaves)
+    def restart(self, uuid: str) -> None:
         self.store.tracking.disable(uuid)
         if found := self.line(uuid):
             found[0].pop(found[1])
         self.enable(uuid)
 
-    @rule(data=st.data(), size=st.sampled_from(SIZES))
-    def grow(self, data: st.DataObject, size: int) -> None:
-        uuid = self.pick(data, self.leaves)
+    def grow(self, uuid: str, size: int) -> None:
         more = size - len(self.content[uuid])
         if more > 0:
             self.store.resize(uuid, size)
             self.content[uuid] += bytes(more)
 
-    @rule(steps=st.integers(1, 20))
     def coalesce(self, steps: int) -> None:
         for _ in range(steps):
             if coalesce.step(self.store, lambda node: True) is None:
@@ -414,5 +419,5 @@ class Disks(RuleBasedStateMachine):
                 assert start // BLOCK in told
 
 
-Disks.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+Disks.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 TestDisks = Disks.TestCase
