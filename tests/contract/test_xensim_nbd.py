@@ -292,3 +292,22 @@ def test_faults_strike_the_payload(sim: XenSim, export: Export, image: Path, eff
         else:
             assert client.take(MIB) != padded(image)[:MIB]
     sim.clear(number)
+
+
+@pytest.mark.parametrize(("effect", "error"), [("drop", None), ("error", 5)])
+def test_faults_strike_a_request(sim: XenSim, export: Export, effect: str, error: int | None) -> None:
+    number = sim.fault("NBD.request", effect, nth=2)
+    with opened(export) as client:
+        assert client.request(0, 0, 512) == 0
+        client.take(512)
+        if error is None:
+            with pytest.raises(ABORTED):
+                client.request(0, 0, 512)
+        else:
+            assert client.request(0, 0, 512) == error
+            assert client.ended()
+    sim.clear(number)
+    refused = sim.fault("NBD.open", "drop")
+    with pytest.raises(ABORTED):
+        Client(export).start_tls().open()
+    sim.clear(refused)

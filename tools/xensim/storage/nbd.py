@@ -16,7 +16,7 @@ import threading
 from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qs, urlsplit
 
-from ..failures import Failure
+from ..failures import DropConnection, Failure
 
 if TYPE_CHECKING:
     from ..context import HostNode, World
@@ -113,7 +113,7 @@ class NbdServers:
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             _Connection(self._world, self._storage, node, connection).run()
-        except (Closed, OSError, Failure, ValueError):
+        except (Closed, DropConnection, OSError, Failure, ValueError):
             connection.close()
         finally:
             with self._lock:
