@@ -23,11 +23,13 @@ _VERSION: Final = 1
 class XenBase:
     """Where a point was read. ``snapshots``: by disk number, the uuid of the VDI that stays as the base of a delta.
 
+    ``taken``: the same of all disks that were read, whether they stay or not: these the VM's metadata archive names.
     ``left_out``: by disk number, why a disk of the VM is not in the point.
     """
 
     pool_uuid: str
     snapshots: Mapping[int, str]
+    taken: Mapping[int, str]
     left_out: Mapping[int, str]
 
     def to_record(self) -> dict[str, Value]:
@@ -35,27 +37,29 @@ class XenBase:
         return {
             "version": _VERSION,
             "pool_uuid": self.pool_uuid,
-            "snapshots": {str(number): uuid for number, uuid in self.snapshots.items()},
-            "left_out": {str(number): reason for number, reason in self.left_out.items()},
+            "snapshots": _by_text(self.snapshots),
+            "taken": _by_text(self.taken),
+            "left_out": _by_text(self.left_out),
         }
 
 
 def base_of(vm: Mapping[str, Value]) -> XenBase | None:
     """The record in a point's ``vm``; None where there is none that this release knows: then reads are full."""
     match vm.get(KEY):
-        case {"version": 1, "pool_uuid": str() as pool_uuid, "snapshots": dict() as snapshots}:
-            return XenBase(pool_uuid, _by_number(snapshots), _by_number(vm_left_out(vm)))
+        case {
+            "version": 1,
+            "pool_uuid": str() as pool_uuid,
+            "snapshots": dict() as snapshots,
+            "taken": dict() as taken,
+            "left_out": dict() as left_out,
+        }:
+            return XenBase(pool_uuid, _by_number(snapshots), _by_number(taken), _by_number(left_out))
         case _:
             return None
 
 
-def vm_left_out(vm: Mapping[str, Value]) -> dict[str, Value]:
-    """The stored reasons for disks that were left out."""
-    match vm.get(KEY):
-        case {"left_out": dict() as left_out}:
-            return left_out
-        case _:
-            return {}
+def _by_text(values: Mapping[int, str]) -> dict[str, Value]:
+    return {str(number): value for number, value in values.items()}
 
 
 def _by_number(record: Mapping[str, Value]) -> dict[int, str]:

@@ -189,6 +189,7 @@ class VmCycle:
         xen = XenBase(
             pool_uuid=origin.pool_uuid,
             snapshots={d.number: d.snapshot_uuid for d in snapshot.disks if is_base(d, deltas[d.number])},
+            taken={disk.number: disk.snapshot_uuid for disk in snapshot.disks},
             left_out={disk.number: disk.reason for disk in self._vm.left_out},
         )
         vm = {**record, KEY: xen.to_record()}
