@@ -148,7 +148,7 @@ def test_a_vhd_export_is_laid_out_as_by_a_host_and_qemu_reads_it(
     stream = export(sim, api, disk(sim, api), format="vhd")
     (tmp_path / "disk.vhd").write_bytes(stream)
     assert stream[:8] == b"conectix"
-    assert stream[28:32] == b"caml"
+    assert stream[28:40] == b"caml\0\0\0\1\0\0\0\0"
     assert stream[:512] == stream[-512:]
     assert stream[512:520] == b"cxsparse"
     assert struct.unpack(">Q", stream[528:536]) == (2048,)
@@ -264,7 +264,8 @@ def test_imports_that_hosts_refuse(sim: XenSim, api: Api, image: Path, tmp_path:
     stream = to_vhd(tmp_path / "disk")
     used = api.VDI.get_by_uuid(sim.disks("running")[0])
     assert put(sim, api, used, bytes(2 * MIB))["error_info"][0] == "SR_BACKEND_FAILURE_46"
-    assert "unimplemented: prezeroed" in put(sim, api, raw, stream, format="vhd")["error_info"]
+    assert put(sim, api, raw, stream, format="vhd")["error_info"] == IO_ERROR
+    assert sim.read(api.VDI.get_uuid(raw), 0, SIZE) == bytes(SIZE)
 
 
 def test_an_import_that_goes_wrong_shows_in_the_task_alone(sim: XenSim, api: Api, image: Path, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def _receive_vhd(ctx: Context, request: HttpRequest, vdi: Ref, write: vhd.Write)
     sr = db.text(vdi, "SR")
     raw = manager.store.node(db.text(vdi, "uuid")).raw
     if manager.kind(sr).thick and (raw or db.mapping(sr, "sm_config").get("use_vhd") != "true"):
-        raise Failure("INTERNAL_ERROR", "unimplemented: prezeroed")
+        raise Failure(*_IO_ERROR)  # vhd-tool says "unimplemented: prezeroed", but only to the log of the host
     length, taken = request.length or 0, 0
 
     def read(size: int) -> bytes:

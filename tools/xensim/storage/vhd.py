@@ -152,7 +152,7 @@ def _footer(size_bytes: int, kind: int, identity: Identity) -> bytes:
             identity.timestamp,
             b"caml",
             1,
-            b"Wi2k",
+            bytes(4),
             size_bytes,
             size_bytes,
             _geometry(size_bytes // SECTOR),
