@@ -108,15 +108,49 @@ async def stream_image(
     When cancelled, a thread may still hang in a write to a pipe nobody reads: the process should then end. Raises
     TargetUnwritable (also when the reader has gone), StorageFull, and the errors of reading as ``export_image``.
     """
-    stream = _Stream(fd)
+    stream = _Stream(partial(_write_some, fd))
     export = _Export(repository, point, disk, layout, stream, locator)
-    await while_answering(repository.storage, partial(export.run, threads, report, abandon=True))
+    await _stream(export, stream, layout.size_bytes, threads, report)
+    return export.statistics()
+
+
+async def send_image(
+    repository: Repository,
+    point: RestorePoint,
+    disk: DiskRecord,
+    layout: Layout,
+    write: Callable[[memoryview], object],
+    *,
+    size_bytes: int,
+    threads: int = 2,
+    locator: Locator | None = None,
+    report: Callable[[ExportProgress], None] | None = None,
+) -> ExportStatistics:
+    """Give the whole image in order to ``write``, which blocks until it has taken all of a piece, in worker threads.
+
+    Zeros follow the image up to ``size_bytes``. When cancelled, ``write`` may still be called once: let it fail. Raises
+    what ``write`` raises, and the errors of reading as ``export_image``.
+    """
+
+    def write_all(view: memoryview) -> int:
+        write(view)
+        return view.nbytes
+
+    stream = _Stream(write_all)
+    export = _Export(repository, point, disk, layout, stream, locator)
+    await _stream(export, stream, size_bytes, threads, report)
+    return export.statistics()
+
+
+async def _stream(
+    export: _Export, stream: _Stream, size_bytes: int, threads: int, report: Callable[[ExportProgress], None] | None
+) -> None:
+    await while_answering(export.storage, partial(export.run, threads, report, abandon=True))
     try:
-        await trio.to_thread.run_sync(stream.fill, layout.size_bytes, abandon_on_cancel=True)
+        await trio.to_thread.run_sync(stream.fill, size_bytes, abandon_on_cancel=True)
     except trio.Cancelled:
         stream.stop()
         raise
-    return export.statistics()
 
 
 class _Sink(Protocol):
@@ -156,10 +190,13 @@ class _File:
 
 
 class _Stream:
-    """A descriptor that is written in order: whoever has a later batch waits for its turn, holding only that one."""
+    """What is written in order: whoever has a later batch waits for its turn, holding only that one.
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    ``write_some`` writes the beginning of what it gets, and says how many bytes.
+    """
+
+    def __init__(self, write_some: Callable[[memoryview], int]) -> None:
+        self._write_some = write_some
         self._position = 0
         self._turn = 0
         self._stopped = False
@@ -190,18 +227,22 @@ class _Stream:
 
     def _write(self, data: Buffer) -> None:
         view = memoryview(data)
-        try:
-            while view.nbytes and not self._stopped:
-                written = os.write(self._fd, view)
-                view = view[written:]
-                self._position += written
-        except BrokenPipeError as exc:
-            raise TargetUnwritable("the program that reads the image has gone", hint="see why it ended") from exc
-        except OSError as exc:
-            error = storage_error(exc, "write the image")
-            if isinstance(error, StorageFull):
-                raise StorageFull(error.message, hint="free space there, or choose another place") from exc
-            raise TargetUnwritable(error.message) from exc
+        while view.nbytes and not self._stopped:
+            written = self._write_some(view)
+            view = view[written:]
+            self._position += written
+
+
+def _write_some(fd: int, view: memoryview) -> int:
+    try:
+        return os.write(fd, view)
+    except BrokenPipeError as exc:
+        raise TargetUnwritable("the program that reads the image has gone", hint="see why it ended") from exc
+    except OSError as exc:
+        error = storage_error(exc, "write the image")
+        if isinstance(error, StorageFull):
+            raise StorageFull(error.message, hint="free space there, or choose another place") from exc
+        raise TargetUnwritable(error.message) from exc
 
 
 class _Export:
@@ -216,6 +257,7 @@ class _Export:
         sink: _Sink,
         locator: Locator | None,
     ) -> None:
+        self.storage = repository.storage
         self._reader = ChunkReader(repository.storage, repository.keys, locator)
         self._clock = repository.runtime.clock
         self._point = point
