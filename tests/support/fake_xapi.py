@@ -9,6 +9,7 @@ import trio
 
 from tools.xensim.db import Database
 from tools.xensim.failures import Failure
+from xbfs_engine.core.errors import PoolUnreachable
 from xbfs_engine.source.xapi.failures import failure
 
 if TYPE_CHECKING:
@@ -19,7 +20,11 @@ GIB = 1 << 30
 
 
 class FakeXapi:
-    """A pool of one host with one SR of each common kind. ``diary``: the calls that change something."""
+    """A pool of one host with one SR of each common kind. ``diary``: the calls that change something.
+
+    ``faults``: by method, the codes that its next calls fail with; ``refused``: by method and object, always.
+    ``dies_at``: the number of the call at which the connection breaks, or ``on_death`` is cancelled.
+    """
 
     name = "lab"
 
@@ -29,6 +34,9 @@ class FakeXapi:
         self.diary: list[str] = []
         self.faults: dict[str, list[str]] = {}
         self.refused: dict[tuple[str, str], str] = {}
+        self.calls = 0
+        self.dies_at = 0
+        self.on_death: trio.CancelScope | None = None
         self.time = datetime(2026, 9, 21, 14, 13, 20, tzinfo=UTC)
         db = self.db
         self.host = db.create(
@@ -87,6 +95,12 @@ class FakeXapi:
     async def call(self, method: str, *arguments: Any, timeout_s: float = 60.0) -> Any:
         del timeout_s
         await trio.lowlevel.checkpoint()
+        self.calls += 1
+        if self.calls == self.dies_at and self.on_death is not None:
+            self.on_death.cancel()
+            await trio.lowlevel.checkpoint()
+        if self.calls == self.dies_at:
+            raise PoolUnreachable(f"call {self.calls}, {method}: broken off")
         cls, _, name = method.partition(".")
         if not name.startswith("get_"):
             self.diary.append(method)

@@ -3,108 +3,31 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+import trio
 
-from tests.support.fake_xapi import NULL, FakeXapi
-from tests.support.runtime import FixedClock, SeededRandom
+from tests.support.runtime import SeededRandom
+from tests.support.swept_pool import NODE, World
+from xbfs_engine.core.errors import PoolUnreachable
 from xbfs_engine.core.runtime import Runtime
-from xbfs_engine.source.xapi.ledger import Item, Kind, Ledgers, RunLedger
-from xbfs_engine.source.xapi.markers import block_reason, import_name, run_of_reason, snapshot_name
-from xbfs_engine.source.xapi.sweep import Deed, SweepReport, sweep
+from xbfs_engine.source.xapi.ledger import Kind, Ledgers
+from xbfs_engine.source.xapi.markers import snapshot_name
+from xbfs_engine.source.xapi.sweep import Deed, SweepReport
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Iterator
 
-NODE = "node"
 HOUR_S = 3600
 
 
-class World:
-    """A pool and the ledgers of this node for it."""
-
-    def __init__(self, directory: Path, seed: int = 1) -> None:
-        self.xapi = FakeXapi(NODE)
-        self.clock = FixedClock()
-        self.ledgers = Ledgers(directory / "runs", Runtime(self.clock, SeededRandom(seed)))
-
-    async def sweep(self, **options: Any) -> SweepReport:
-        return await sweep(self.xapi, self.ledgers, node=NODE, **({"dry_run": False} | options))
-
-    async def open_items(self) -> list[Item]:
-        return [item for state in await self.ledgers.runs() for item in state.record.items.values()]
-
-    def guest(self, name: str = "web", **fields: Any) -> tuple[str, str]:
-        """A VM with a disk."""
-        vm, vdi = self.xapi.vm(name, **fields), self.xapi.vdi(cbt_enabled=True)
-        self.xapi.vbd(vm, vdi)
-        return vm, vdi
-
-    def snapshot_vdi(self, vdi: str) -> str:
-        return self.xapi.vdi(is_a_snapshot=True, snapshot_of=vdi, cbt_enabled=True)
-
-    async def snapshot(self, ledger: RunLedger, vm: str, vdi: str, *, until: str = "end") -> tuple[str, str]:
-        """What a cycle makes, as far as ``until``: vm, noted, marked, disk, end."""
-        uuid = self.xapi.uuid(vm)
-        item = await ledger.intend(Kind.SNAPSHOT, vm_uuid=uuid, name="web")
-        snapshot = self.xapi.vm(snapshot_name(ledger.run, item.number, "web"), is_a_snapshot=True, snapshot_of=vm)
-        disk = self.snapshot_vdi(vdi)
-        self.xapi.vbd(snapshot, disk)
-        if until == "vm":
-            return snapshot, disk
-        await ledger.made(item, self.xapi.uuid(snapshot))
-        if until == "noted":
-            return snapshot, disk
-        self.mark(snapshot, ledger, item)
-        if until == "marked":
-            return snapshot, disk
-        item = await ledger.intend(Kind.VDI, vm_uuid=uuid, uuid=self.xapi.uuid(disk))
-        if until != "disk":
-            self.mark(disk, ledger, item)
-        return snapshot, disk
-
-    async def base(self, ledger: RunLedger, vdi: str, slot: str, *, confirmed: bool = True, **fields: Any) -> str:
-        ref = self.xapi.vdi(is_a_snapshot=True, snapshot_of=vdi, cbt_enabled=True, type="cbt_metadata")
-        self.xapi.db.set(ref, **fields)
-        item = await ledger.keep(await ledger.intend(Kind.VDI, uuid=self.xapi.uuid(ref)), slot)
-        self.mark(ref, ledger, item)
-        if confirmed:
-            await ledger.confirm(item)
-        return ref
-
-    async def block(self, ledger: RunLedger, vm: str) -> None:
-        await ledger.intend(Kind.BLOCK, vm_uuid=self.xapi.uuid(vm), uuid=self.xapi.uuid(vm))
-        self.xapi.db.set(vm, blocked_operations={"pool_migrate": block_reason(ledger.run, ledger.node)})
-
-    def mark(self, ref: str, ledger: RunLedger, item: Item, *, own: bool = True) -> None:
-        marker = ledger.marker(item, uuid=self.xapi.uuid(ref) if own else "")
-        self.xapi.mark(ref, marker.to_other_config())
-
-    def copy_of(self, ref: str) -> str:
-        """What a user's clone of an object is: the same other_config, another uuid."""
-        fields = dict(self.xapi.db.get(ref))
-        for name in (
-            "uuid",
-            "VBDs",
-            "snapshots",
-            "crash_dumps",
-            "VIFs",
-            "VTPMs",
-            "children",
-            "consoles",
-            "VDIs",
-            "PBDs",
-        ):
-            fields.pop(name, None)
-        return self.xapi.db.create(self.xapi.db.cls(ref), **(fields | {"is_a_snapshot": False, "snapshot_of": NULL}))
-
-    def exists(self, *refs: str) -> list[bool]:
-        return [self.xapi.db.exists(ref) for ref in refs]
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A directory where fsync costs nothing."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        yield Path(directory)
 
 
 @pytest.fixture
@@ -172,6 +95,18 @@ async def test_tasks_of_ours_end_and_others_stay(world: World) -> None:
     assert deeds(report) == ["END_TASK", "END_TASK"]
     assert world.xapi.diary == ["task.cancel", "task.destroy", "task.destroy"]
     assert world.exists(*ours, *others) == [False, False, True, True]
+
+
+async def test_tasks_stay_while_a_run_of_another_state_directory_may_be_at_work(world: World, tmp_path: Path) -> None:
+    vm, _ = world.guest()
+    elsewhere = Ledgers(tmp_path / "elsewhere", Runtime(world.clock, SeededRandom(2)))
+    task = world.xapi.db.create("task", name_label="xbfs/node: x", status="pending")
+    async with elsewhere.begin(NODE) as ledger:
+        await world.block(ledger, vm)
+        report = await world.sweep()
+    assert report.done == ()
+    assert "no open note" in report.notes[0].reason
+    assert world.exists(task) == [True]
 
 
 async def test_copies_that_somebody_made_stay(world: World) -> None:
@@ -296,6 +231,60 @@ async def test_failures_are_told_and_do_not_stop_the_rest(world: World, autojump
     assert await world.ledgers.runs() == []
 
 
+async def full_house(world: World) -> set[str]:
+    """Leftovers of every kind; returns the objects that must go."""
+    vm, vdi = world.guest()
+    before = set(world.xapi.everything())
+    async with world.ledgers.begin(NODE) as ledger:
+        for until in ("vm", "noted", "disk", "end"):
+            _, disk = await world.snapshot(ledger, vm, vdi, until=until)
+        await world.block(ledger, vm)
+        await world.restored(ledger, made=True)
+        temporary = world.xapi.add_sr("nfs")
+        await ledger.intend(Kind.SR, uuid=world.xapi.uuid(temporary))
+        await world.base(ledger, vdi, "slot")
+    world.xapi.vbd(world.xapi.dom0, disk, "autodetect", currently_attached=True)
+    world.xapi.db.create("task", name_label="xbfs/node: x", status="pending")
+    doomed = set(world.xapi.everything()) - before
+    async with world.ledgers.begin(NODE) as ledger:
+        newer = await world.base(ledger, vdi, "slot", type="user")
+    world.xapi.vbd(world.xapi.dom0, newer, "autodetect", currently_attached=True)
+    return doomed | set(world.xapi.db.refs(newer, "VBDs"))
+
+
+@pytest.mark.parametrize("way", ["broken connection", "cancelled"])
+async def test_a_sweep_that_ends_anywhere_is_finished_by_the_next(memory: Path, way: str) -> None:
+    number = 0
+    while True:
+        number += 1
+        world = World(memory / str(number))
+        doomed = await full_house(world)
+        stays = set(world.xapi.everything()) - doomed
+        world.xapi.dies_at = number
+        if way == "cancelled":
+            world.xapi.on_death = trio.CancelScope()
+            with world.xapi.on_death:
+                await world.sweep()
+            ended = world.xapi.on_death.cancelled_caught
+        else:
+            try:
+                await world.sweep()
+                ended = False
+            except PoolUnreachable:
+                ended = True
+        world.xapi.dies_at = 0
+        assert stays <= set(world.xapi.everything())
+        world.clock.advance(HOUR_S + 1)
+        report = await world.sweep()
+        assert report.failed == ()
+        assert set(world.xapi.everything()) == stays
+        (state,) = await world.ledgers.runs()
+        assert [item.keep is not None for item in state.record.items.values()] == [True]
+        if not ended:
+            break
+    assert number > 40
+
+
 async def test_objects_that_vanish_under_the_sweep_are_fine(world: World) -> None:
     vm, vdi = world.guest()
     async with world.ledgers.begin(NODE) as ledger:
@@ -316,31 +305,19 @@ async def test_disks_that_a_user_attached_stay(world: World) -> None:
     assert [note.reason for note in report.notes] == [f"of dead run {ledger.run}, but VM rescue uses it"]
 
 
-async def restored(world: World, ledger: RunLedger, *, made: bool, **fields: Any) -> tuple[str, str]:
-    item = await ledger.intend(Kind.VDI)
-    disk = world.xapi.vdi()
-    world.mark(disk, ledger, item, own=False)
-    item = await ledger.intend(Kind.VM, name="web")
-    vm = world.xapi.vm(import_name(ledger.run, item.number, "web"), **fields)
-    world.xapi.vbd(vm, disk)
-    if made:
-        await ledger.made(item, world.xapi.uuid(vm))
-    return vm, disk
-
-
 @pytest.mark.parametrize("made", [False, True])
 async def test_half_imported_vms_go_with_their_disks(world: World, made: bool) -> None:
     async with world.ledgers.begin(NODE) as ledger:
-        vm, disk = await restored(world, ledger, made=made)
+        vm, disk = await world.restored(ledger, made=made)
     await world.sweep()
     assert world.exists(vm, disk) == [False, False]
 
 
 async def test_restored_vms_that_are_complete_or_run_stay(world: World) -> None:
     async with world.ledgers.begin(NODE) as ledger:
-        done, done_disk = await restored(world, ledger, made=True)
+        done, done_disk = await world.restored(ledger, made=True)
         world.xapi.db.set(done, name_label="web")
-        runs, runs_disk = await restored(world, ledger, made=True, power_state="Running")
+        runs, runs_disk = await world.restored(ledger, made=True, power_state="Running")
     report = await world.sweep()
     assert world.exists(done, done_disk, runs, runs_disk) == [True] * 4
     assert [note.cls for note in report.notes if "power state" in note.reason] == ["VM"]
@@ -399,107 +376,3 @@ async def test_names_alone_are_not_enough(world: World) -> None:
         ]
     await world.sweep()
     assert world.exists(*same, vdi) == [True] * 4
-
-
-STAGES = st.sampled_from(["vm", "noted", "marked", "disk", "end"])
-RUNS = st.lists(
-    st.tuples(
-        st.sampled_from(["dead", "live", "other node"]),
-        st.lists(
-            st.tuples(st.sampled_from(["snapshot", "block", "restore", "base"]), STAGES, st.booleans()), max_size=4
-        ),
-    ),
-    max_size=4,
-)
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(RUNS, st.lists(st.sampled_from(["guest", "snapshot", "dom0", "block", "task"]), max_size=6), st.integers(0, 99))
-async def test_exactly_ours_and_dead_are_gone(
-    runs: list[tuple[str, list[tuple[str, str, bool]]]], foreign: list[str], seed: int
-) -> None:
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
-        world = World(Path(directory), seed)
-        vm, vdi = world.guest()
-        for what in foreign:
-            make_foreign(world, what)
-        doomed, swept = await make_runs(world, [run for run in runs if run[0] != "live"], vm, vdi)
-        async with AsyncExitStack() as stack:
-            for fate, _ in runs:
-                if fate == "live":
-                    live = await stack.enter_async_context(world.ledgers.begin(NODE))
-                    await world.snapshot(live, vm, vdi)
-            before = world.xapi.everything()
-            report = await world.sweep()
-            after = world.xapi.everything()
-            assert report.failed == ()
-            assert set(before) - set(after) == doomed
-            assert {ref: plain(record, set()) for ref, record in after.items()} == {
-                ref: plain(record, swept) for ref, record in before.items() if ref not in doomed
-            }
-            assert (await world.sweep()).done == ()
-
-
-LISTS = {"VBDs", "VDIs", "snapshots"}
-
-
-def plain(record: dict[str, Any], swept: set[str]) -> dict[str, Any]:
-    """A record as it must be after a sweep: without who points to it, and without blocks of the ``swept`` runs."""
-    kept = {key: value for key, value in record.items() if key not in LISTS}
-    if "blocked_operations" in kept:
-        reasons = kept["blocked_operations"].items()
-        kept["blocked_operations"] = {
-            operation: reason for operation, reason in reasons if (run_of_reason(reason) or ("",))[0] not in swept
-        }
-    return kept
-
-
-def make_foreign(world: World, what: str) -> None:
-    vm, vdi = world.guest("foreign")
-    match what:
-        case "snapshot":
-            snapshot = world.xapi.vm("nightly", is_a_snapshot=True, snapshot_of=vm)
-            world.xapi.vbd(snapshot, world.snapshot_vdi(vdi))
-            world.xapi.vdi(is_a_snapshot=True, snapshot_of=vdi, type="cbt_metadata", cbt_enabled=True)
-        case "dom0":
-            world.xapi.vbd(world.xapi.dom0, world.snapshot_vdi(vdi), "autodetect", currently_attached=True)
-        case "block":
-            world.xapi.db.set(vm, blocked_operations={"pool_migrate": "someone's", "destroy": "never"})
-        case "task":
-            world.xapi.db.create("task", name_label="Async.VM.start", status="pending")
-
-
-async def make_runs(
-    world: World, runs: list[tuple[str, list[tuple[str, str, bool]]]], vm: str, vdi: str
-) -> tuple[set[str], set[str]]:
-    """The objects that must go, and the ids of dead runs of this node."""
-    doomed: set[str] = set()
-    swept: set[str] = set()
-    newest = ""
-    for fate, things in runs:
-        async with world.ledgers.begin(NODE if fate == "dead" else "other") as ledger:
-            swept |= {ledger.run} if fate == "dead" else set()
-            for kind, stage, flag in things:
-                made: set[str] = set()
-                if kind == "block":
-                    await world.block(ledger, world.guest("blocked")[0])
-                elif kind == "restore":
-                    made = await added(world, restored(world, ledger, made=flag))
-                elif kind == "snapshot":
-                    made = await added(world, world.snapshot(ledger, vm, vdi, until=stage))
-                    disk = next(ref for ref in made if world.xapi.db.cls(ref) == "VDI")
-                    if flag:
-                        world.copy_of(disk)
-                else:
-                    base = await world.base(ledger, vdi, "slot")
-                    if fate == "dead":
-                        doomed |= {newest} if newest else set()
-                        newest = base
-                doomed |= made if fate == "dead" else set()
-    return doomed, swept
-
-
-async def added(world: World, making: Awaitable[object]) -> set[str]:
-    known = set(world.xapi.everything())
-    await making
-    return set(world.xapi.everything()) - known

@@ -176,6 +176,7 @@ class RunLedger:
         self._lock = threading.Lock()
         # What a crash tore must not swallow the next line.
         self._torn = True
+        self._changed = False
 
     @property
     def run(self) -> str:
@@ -251,7 +252,7 @@ class RunLedger:
                     remove(self._path)
                 except BlobNotFound:
                     return
-            else:
+            elif self._changed:
                 write_replace(self._path, [lines.compact(self._record)])
 
     def close(self) -> None:
@@ -276,7 +277,7 @@ class RunLedger:
     def _append(self, *events: dict[str, object]) -> None:
         """Durable before it counts. A torn line, of ours or of the process before, ends at the next newline."""
         data = (b"\n" if self._torn else b"") + lines.encode(events)
-        self._torn = True
+        self._torn = self._changed = True
         try:
             if os.fstat(self._held).st_size + len(data) > LEDGER_SIZE_MAX:
                 raise StorageError(f"{self._path} would get too long", hint="back up fewer VMs in one run")

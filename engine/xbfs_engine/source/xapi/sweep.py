@@ -88,7 +88,8 @@ async def sweep(
             now_ns=ledgers.now_ns(),
             bases=bases or {},
         )
-        steps = [*([] if live else _tasks(xapi, tasks)), *plan.steps]
+        # Tasks do not tell their run, so they are waste only when none can be at work.
+        steps = [*([] if live or plan.strangers else _tasks(xapi, tasks)), *plan.steps]
         failed: list[Failed] = []
         if not dry_run:
             await _adopt(plan, dead)
@@ -99,7 +100,7 @@ async def sweep(
 
 
 def _tasks(xapi: Xapi, records: Mapping[Ref, Mapping[str, object]]) -> list[Step]:
-    """Tasks that carry our name (``tasks.own_task``). They do not tell their run: so only when none is at work."""
+    """Tasks that carry our name (``tasks.own_task``)."""
     prefix = f"{xapi.originator}: "
     return [
         Step(Deed.END_TASK, ref, str(record.get("uuid", "")), name)

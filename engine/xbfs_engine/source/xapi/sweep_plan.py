@@ -83,7 +83,8 @@ class Plan:
     """``steps`` in their order. ``released``: items that are nothing of ours on the pool (any more).
 
     ``adopted``: VDIs of snapshot VMs that no ledger names yet; they must be noted before their VM goes.
-    ``confirmed``: kept items whose point is known to be durable.
+    ``confirmed``: kept items whose point is known to be durable. ``strangers``: there are things of runs of this node
+    that it has no ledger of; perhaps somebody with another state directory is at work.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -92,6 +93,7 @@ class Plan:
     released: list[Owner] = field(default_factory=list)
     adopted: list[tuple[Owner, Vdi]] = field(default_factory=list)
     confirmed: list[Owner] = field(default_factory=list)
+    strangers: bool = False
 
 
 def make_plan(
@@ -341,6 +343,7 @@ class _Planner:
             return f"by run {run} of node {node}"
         if run in self._live:
             return f"by run {run}, which is at work"
+        self._plan.strangers |= run not in self._dead_runs
         return f"by run {run}, of which this node has no open note"
 
 
