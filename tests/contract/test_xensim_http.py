@@ -248,6 +248,7 @@ def test_a_host_that_does_not_see_the_sr_sends_the_caller_on(sim: XenSim, api: A
     beta = sim.hosts[1]
     assert status == 302
     assert urlsplit(headers["Location"]).netloc == f"{beta.address}:{beta.port}"
+    assert sim.call("task.get_status", transfer.task) == "pending"
     transfer._host = beta
     assert transfer.send("GET")[:2] == (200, bytes(2 * MIB))
     assert transfer.verdict()["status"] == "success"

@@ -34,7 +34,7 @@ class HttpRequest:
     """A request as a handler sees it. The connection closes when the handler returns.
 
     The caller's session has been checked. If the query has a ``task_id``, ``ctx.task`` is that task: a handler that
-    returns has completed it (with ``result``), one that raises Failure has failed it; if nothing has been sent by
+    returns has completed it (with ``result``) unless it redirected the caller, one that raises Failure has failed it; if nothing has been sent by
     then, the failure is also sent as a status 500.
     """
 
@@ -48,6 +48,7 @@ class HttpRequest:
     task: Task | None = None
     result: str = ""
     sent: bool = False
+    redirected: bool = False
     more: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -75,6 +76,7 @@ class HttpRequest:
         """302 to the same request at another host of the pool."""
         node = self.world.nodes[host]
         location = f"https://{node.address}:{node.port}{self.path}?{urlencode(self.query)}"
+        self.redirected = True
         self.respond(302, {"Location": location, "Content-Length": "0"})
 
 

@@ -197,7 +197,8 @@ class HostServer:
             handler(ctx, request)
             if fault:
                 fault.after()
-            task.succeed(request.result)
+            if not request.redirected:  # the host that the caller is sent to completes it
+                task.succeed(request.result)
         except Failure as failure:
             status = failure.code
             task.fail(failure)
