@@ -34,8 +34,8 @@ class HttpRequest:
     """A request as a handler sees it. The connection closes when the handler returns.
 
     The caller's session has been checked. If the query has a ``task_id``, ``ctx.task`` is that task: a handler that
-    returns has completed it (with ``result``) unless it redirected the caller, one that raises Failure has failed it; if nothing has been sent by
-    then, the failure is also sent as a status 500.
+    returns has completed it (with ``result``) unless it redirected the caller, one that raises Failure has failed it;
+    if nothing has been sent by then, the failure is also sent as a status 500.
     """
 
     world: World
