@@ -26,6 +26,7 @@ from xbfs_engine.restore.rewind.wanted import WantedDisk
 from xbfs_engine.restore.rewind.writing import fill, is_refusal, patch
 from xbfs_engine.source.xapi.inventory import take_inventory
 from xbfs_engine.source.xapi.selection import one_vm
+from xbfs_engine.source.xapi.sweep import sweep
 from xbfs_engine.storage.waiting import in_thread, while_answering
 from xbfs_engine.store.reader import ChunkReader
 
@@ -116,6 +117,8 @@ class Rewind:
         return await while_answering(self._points.repository.storage, partial(self._run, listener))
 
     async def _run(self, listener: Listener) -> RewindReport:
+        if not self._wishes.dry_run:
+            await self._sweep(listener)
         inventory = await take_inventory(self._pool.xapi)
         vm = one_vm(inventory, self._name)
         left = half_written(vm.blocked_operations)
@@ -257,6 +260,14 @@ class Rewind:
                 f"disk {number} ({job.disk.vdi.uuid}): what was read back at byte {wrong.extent(*first)[0]} is not "
                 f"what was written ({wrong.marked_bytes} bytes differ in all)",
                 hint="look at the SR and the network before you run the rewind again",
+            )
+
+    async def _sweep(self, listener: Listener) -> None:
+        """What dead runs left may be in the way: their blocked operations, their hold on disks."""
+        swept = await sweep(self._pool.xapi, self._pool.ledgers, node=self._pool.node, dry_run=False)
+        for failed in swept.failed:
+            listener.warn(
+                f"a leftover stays: {failed.step.deed.value} {failed.step.uuid}: {failed.reason}", failed.hint
             )
 
     async def _tell_left(self, listener: Listener, vm: Vm, left: HalfWritten) -> None:
