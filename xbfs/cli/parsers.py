@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from xbfs import __version__
 from xbfs.cli.backup_vm_parsers import add_backup_vm
+from xbfs.cli.restore_parsers import add_restore
 from xbfs.cli.rewind_parsers import add_rewind
 from xbfs.cli.xen_parsers import add_pool
 from xbfs_engine.core.errors import UsageError
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_maintenance(verbs)
     _add_export(verbs)
     _add_mount(verbs)
+    add_restore(verbs)
     add_rewind(verbs)
     add_pool(verbs)
     return parser
