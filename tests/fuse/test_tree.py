@@ -51,7 +51,7 @@ def test_links_lead_to_the_points(mounted: Mounted) -> None:
         directory = root / "vms/vm" / time
         assert (root / "by-id" / point.id).resolve() == directory
         assert (root / "at" / time / "vm").resolve() == directory
-        assert json.loads((directory / "vm.json").read_text())["point"] == point.id
+        assert json.loads((directory / "vm.json").read_text())["id"] == point.id
 
 
 @pytest.mark.parametrize(

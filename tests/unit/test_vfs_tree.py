@@ -166,7 +166,7 @@ def test_codes_that_an_owner_does_not_have_are_nothing() -> None:
 
 def test_texts_are_the_same_every_time() -> None:
     made = point("web", disks=[disk(0)])
-    made.vm.update({"record": b"\0\xff", "nested": {"list": [1, None, "x"]}})
+    made.vm.update({"record": b"\0\xff", "nested": {"list": [1, None, "x"]}, "archive": bytes(5000)})
     tree = tree_of(Points([made]))
     for name in ("vm.json", "report.json"):
         inode = resolve(tree, f"vms/web/1970-01-01T001640Z/{name}")
@@ -175,10 +175,11 @@ def test_texts_are_the_same_every_time() -> None:
         assert text is not None
         assert attributes is not None
         assert attributes.size_bytes == len(text)
-        assert json.loads(text)["point"] == made.id
+        assert json.loads(text)["id"] == made.id
     assert json.loads(tree.text(resolve(tree, "vms/web/1970-01-01T001640Z/vm.json")) or b"")["vm"] == {
         "record": "AP8=",
         "nested": {"list": [1, None, "x"]},
+        "archive": {"size_bytes": 5000},
     }
 
 

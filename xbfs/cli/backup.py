@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Final
 from xbfs import __version__
 from xbfs.cli import tasks, text
 from xbfs.cli.context import catalog_of, index_of, point_of, repository_of
-from xbfs.cli.describe import disk_lines, point_record, source_bytes
+from xbfs.cli.describe import disk_lines, source_bytes
 from xbfs.cli.points import ID_DIGITS
 from xbfs.cli.progress import ProgressLine
+from xbfs.vfs.records import point_record
 from xbfs_engine.core.errors import BitmapInvalid, PointAmbiguous, SourceUnreadable, UsageError
 from xbfs_engine.core.limits import CBT_BLOCK_SIZE, MIB
 from xbfs_engine.ingest.backup import BackupRequest, BackupRun, DiskJob

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Final
 from xbfs import __version__
 from xbfs.cli import tasks, text
 from xbfs.cli.context import catalog_of, index_of, repository_of
-from xbfs.cli.describe import point_record, source_bytes
+from xbfs.cli.describe import source_bytes
 from xbfs.cli.points import ID_DIGITS
 from xbfs.cli.pool import configured
 from xbfs.cli.progress import ProgressLine
+from xbfs.vfs.records import point_record
 from xbfs_engine.core.errors import RunIncomplete, UsageError
 from xbfs_engine.core.runtime import system_runtime
 from xbfs_engine.ingest.vm.cycle import Target, Wishes

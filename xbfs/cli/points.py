@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from xbfs.cli import text
 from xbfs.cli.context import catalog_of, point_of, repository_of
-from xbfs.cli.describe import disk_lines, methods, point_record, source_bytes
+from xbfs.cli.describe import disk_lines, methods, source_bytes
+from xbfs.vfs.records import point_record, vm_record
 from xbfs_engine.catalog.catalog import points_of
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def show(arguments: argparse.Namespace, output: Output) -> None:
     """Tell all that is known of a restore point."""
     point = point_of(catalog_of(repository_of(arguments), output), arguments.point)
     run = point.run
-    output.result(point_record(point) | {"vm": point.vm})
+    output.result(point_record(point) | {"vm": vm_record(point)["vm"]})
     output.say(f"restore point {point.id}")
     output.say(f"VM {point.vm_name} ({point.vm_uuid})")
     output.say(f"time {text.when(point.time_ns)}, parent {point.parent[:ID_DIGITS] if point.parent else 'none'}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 from typing import TYPE_CHECKING
+
+from xbfs.vfs.names import iso_time
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,8 +47,7 @@ def clock(seconds: float) -> str:
 
 def when(time_ns: int) -> str:
     """ISO 8601 in UTC to the second, as ``VM@TIME`` takes it: "2026-09-20T21:00:03Z"."""
-    time = datetime.datetime.fromtimestamp(time_ns // 1_000_000_000, datetime.UTC)
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return iso_time(time_ns // 1_000_000_000)
 
 
 def count(number: int, what: str) -> str:

@@ -57,6 +57,11 @@ def time_name(seconds: int) -> str:
     return datetime.datetime.fromtimestamp(min(seconds, SECONDS_MAX), datetime.UTC).strftime(TIME_FORMAT)
 
 
+def iso_time(seconds: int) -> str:
+    """Seconds since 1970 in ISO 8601, UTC: 2026-09-20T21:00:03Z."""
+    return datetime.datetime.fromtimestamp(min(seconds, SECONDS_MAX), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 def parse_time(text: str) -> int | None:
     """Seconds since 1970 of a time in our own form or in ISO 8601 (UTC unless it says otherwise), else None."""
     if len(text) > _TIME_TEXT_MAX:
