@@ -15,7 +15,7 @@ from xbfs_engine.ingest.vm.patience import Patience
 from xbfs_engine.restore.rewind.rewind import PointSide, PoolSide, Rewind, Wishes, give_up
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from xbfs_engine.catalog.restore_point import RestorePoint
@@ -81,6 +81,7 @@ class FakeDisks:
         self.error_of_break: Exception | None = None
         self.loses_write_at: int | None = None
         """The number of the write that never reaches the disk."""
+        self.before_write: Callable[[], None] = lambda: None
 
     @property
     def read_bytes(self) -> int:
@@ -133,6 +134,7 @@ class FakeSink:
 
     def write_at(self, offset: int, data: Any) -> None:
         disks = self._disks
+        disks.before_write()
         number = len(disks.written)
         if disks.break_write_at == number and disks.error_of_break is not None:
             disks.break_write_at = None

@@ -21,7 +21,7 @@ from xbfs_engine.source.xapi.ledger import Kind
 from xbfs_engine.source.xapi.markers import block_reason
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterable, Mapping
     from collections.abc import Set as AbstractSet
 
     from xbfs_engine.restore.rewind.ports import Patience
@@ -108,19 +108,20 @@ class Guard:
         self._items.append(await self._ledger.intend(Kind.BLOCK, vm_uuid=self._vm_uuid, uuid=self._vm_uuid, **about))
         self._half = half_written_reason(self._ledger.run, self._ledger.node, point, safety)
         blocked = await blocked_operations(self._xapi, self._patience, self._vm)
-        for operation in HALF_WRITTEN:
-            if operation in blocked and not self._is_ours(blocked[operation]):
-                continue
-            if operation in blocked:
-                await self._remove(operation)
-            await self._add(operation, self._half)
+        noted = {op: self._half for op in HALF_WRITTEN if op not in blocked or self._is_ours(blocked[op])}
+        # In one call: disks that a rewind before this one left half-written are at no moment without their mark.
+        await self._patience.get(
+            lambda: self._xapi.call("VM.set_blocked_operations", self._vm, {**blocked, **noted}),
+            "VM.set_blocked_operations",
+            repeatable=True,
+        )
         blocked = await blocked_operations(self._xapi, self._patience, self._vm)
         if self._half not in blocked.values():
             raise VmNotReady(
                 "all operations of this VM are blocked by somebody else",
                 hint="take them off its blocked_operations: what a rewind is doing must be noted there",
             )
-        # Between two reasons an operation was allowed for a moment.
+        # The first of all calls was perhaps too late for a start that was under way.
         state = await self._patience.get(
             lambda: self._xapi.call("VM.get_power_state", self._vm), "VM.get_power_state", repeatable=True
         )
@@ -140,9 +141,8 @@ class Guard:
 
     async def _take_off(self, is_wanted: Callable[[str], bool]) -> None:
         blocked = await blocked_operations(self._xapi, self._patience, self._vm)
-        for operation, reason in blocked.items():
-            if is_wanted(reason):
-                await self._remove(operation)
+        for operation in in_order(operation for operation, reason in blocked.items() if is_wanted(reason)):
+            await remove_blocked(self._xapi, self._patience, self._vm, operation)
         for item in self._items:
             await self._ledger.gone(item)
         self._items.clear()
@@ -161,9 +161,6 @@ class Guard:
             # By our first try whose answer was lost, or by somebody just now.
             if exc.code != _TAKEN:
                 raise
-
-    async def _remove(self, operation: str) -> None:
-        await remove_blocked(self._xapi, self._patience, self._vm, operation)
 
 
 @asynccontextmanager
@@ -196,10 +193,14 @@ async def abandon(xapi: Xapi, patience: Patience, *, vm_ref: Ref, live: Abstract
     left = half_written(blocked)
     if left is not None:
         check_dead(left, live)
-        for operation, reason in blocked.items():
-            if _REASON.match(reason):
-                await remove_blocked(xapi, patience, vm_ref, operation)
+        for operation in in_order(operation for operation, reason in blocked.items() if _REASON.match(reason)):
+            await remove_blocked(xapi, patience, vm_ref, operation)
     return left
+
+
+def in_order(operations: Iterable[str]) -> list[str]:
+    """The order to allow operations in: a start comes last, so whoever dies in between leaves it forbidden."""
+    return sorted(operations, key=lambda operation: operation.startswith("start"))
 
 
 def check_dead(left: HalfWritten, live: AbstractSet[str]) -> None:
