@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 NODE = "lab"
 CLASSES = ("VM", "VDI", "VBD", "VIF", "VTPM", "network", "task")
 
+RESTLESS = {"allowed_operations", "physical_utilisation", "sm_config", "VBDs", "VIFs", "parent", "children"}
+
 
 class Quiet:
     """Listens to backups and restores."""
@@ -125,12 +127,14 @@ class RestoreLab:
 
 
 def state_of(sim: XenSim) -> dict[str, dict[str, Any]]:
-    """All that a restore could leave behind, by uuid, but for what moves by itself."""
+    """All that a restore could leave behind or change, by uuid, without what the pool changes by itself."""
     found = sim.dump(*CLASSES)
+    dom0 = {vm["uuid"] for vm in found["VM"] if vm["is_control_domain"]}
+    found["VDI"] = [vdi for vdi in found["VDI"] if vdi["managed"]]
+    found["VBD"] = [vbd for vbd in found["VBD"] if vbd["VM"] not in dom0]
     return {
         cls: {
-            record["uuid"]: {key: value for key, value in record.items() if key not in {"allowed_operations"}}
-            for record in records
+            record["uuid"]: {key: value for key, value in record.items() if key not in RESTLESS} for record in records
         }
         for cls, records in found.items()
     }

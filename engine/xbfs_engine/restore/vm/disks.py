@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 import trio
 
 from xbfs_engine.core.errors import TransferFailed, VmNotReady, XapiFailure
-from xbfs_engine.core.limits import GIB
+from xbfs_engine.core.limits import GIB, MIB
 from xbfs_engine.core.log import Logger
 from xbfs_engine.formats.raw import RawLayout
 from xbfs_engine.formats.vhd_records import VHD_SIZE_MAX
 from xbfs_engine.restore.image import send_image
 from xbfs_engine.restore.layouts import ImageFormat, image_layout
 from xbfs_engine.restore.vm.calls import make, patiently, put_key, release
-from xbfs_engine.source.xapi.failures import Handling, handling_of
 from xbfs_engine.source.xapi.fields import Fields
 from xbfs_engine.source.xapi.http import import_raw
 from xbfs_engine.source.xapi.ledger import Kind
@@ -43,6 +42,10 @@ _SILENCE_S: Final = 1200.0
 
 _TOO_LARGE: Final = frozenset({"VDI_TOO_LARGE", "SR_BACKEND_FAILURE_79"})
 """What VDI.create says of sizes that the SR's format has not (xen-api; SM, VDISize)."""
+
+_REFUSED_BYTES: Final = 8 * MIB
+"""Who takes no VHD says so at once, but the network takes some MiB meanwhile. The code tells nothing: whatever vhd-tool
+dislikes is VDI_IO_ERROR (xen-api)."""
 
 Format = Literal["vhd", "raw"]
 
@@ -84,6 +87,7 @@ class DiskMaker:
         self._ledger = ledger
         self._stored = stored
         self._sr = sr
+        self._sent_bytes = 0  # of the last disk, as far as it came
 
     async def make(self, plans: Sequence[DiskPlan]) -> list[MadeDisk]:
         """Empty VDIs, marked as ours. Raises PoolError, StorageError, VmNotReady."""
@@ -96,19 +100,28 @@ class DiskMaker:
         return made
 
     async def fill(self, made: MadeDisk, report: Callable[[ExportProgress], None]) -> FilledDisk:
-        """Write the disk's data. Raises PoolError, IntegrityError, StorageError."""
+        """Write the disk's data. Raises PoolError, IntegrityError, StorageError.
+
+        When it breaks off it is sent once more: what was written before is written again.
+        """
+        how: Format = "vhd"
+        reason = ""
         if made.plan.disk.size_bytes > VHD_SIZE_MAX:
-            reason = "too large for a VHD"
-        else:
+            how, reason = "raw", "too large for a VHD"
+        again = True
+        while True:
             try:
-                return FilledDisk(made, "vhd", "", await self._twice(made, "vhd", report))
-            except XapiFailure as exc:
-                # The task's word. Its code says nothing of the reason: all that vhd-tool refuses is VDI_IO_ERROR.
-                if handling_of(exc) is Handling.GONE:
+                statistics = await self._send(made, how, report)
+            except (TransferFailed, XapiFailure) as exc:
+                _log.info("disk not written", vdi=made.uuid, format=how, sent_bytes=self._sent_bytes, error=exc.message)
+                if how == "vhd" and self._sent_bytes <= _REFUSED_BYTES:
+                    how, reason = "raw", f"the host did not take it as VHD: {exc.message}"
+                elif again:
+                    again = False
+                else:
                     raise
-                reason = f"the host did not take it as VHD: {exc.message}"
-                _log.info("sent raw instead of VHD", vdi=made.uuid, code=exc.code)
-        return FilledDisk(made, "raw", reason, await self._twice(made, "raw", report))
+            else:
+                return FilledDisk(made, how, reason, statistics)
 
     async def release(self, made: Sequence[MadeDisk]) -> None:
         """Make them the user's: no longer marked as ours. Their items stay open. Raises PoolError."""
@@ -149,14 +162,6 @@ class DiskMaker:
         await put_key(self._pool, "VDI", ref, SELF_KEY, item.uuid)
         return MadeDisk(plan, ref, item.uuid, fields.integer("virtual_size"), item)
 
-    async def _twice(self, made: MadeDisk, how: Format, report: Callable[[ExportProgress], None]) -> ExportStatistics:
-        """Once more after a connection broke: what was written of the disk before is written again."""
-        try:
-            return await self._send(made, how, report)
-        except TransferFailed as exc:
-            _log.info("sent again", vdi=made.uuid, error=exc.message)
-        return await self._send(made, how, report)
-
     async def _send(self, made: MadeDisk, how: Format, report: Callable[[ExportProgress], None]) -> ExportStatistics:
         disk, point = made.plan.disk, self._stored.point
         layout: Layout = RawLayout(disk.size_bytes)
@@ -166,8 +171,11 @@ class DiskMaker:
             layout = image_layout(point, disk, ImageFormat.VHD)
             length = layout.size_bytes
         async with import_raw(self._pool, made.ref, format=how, length=length, timeout_s=_SILENCE_S) as sink:
-            send = partial(send_image, self._stored.repository, point, disk, layout, sink.write)
-            return await send(size_bytes=length, locator=self._stored.locator, report=report)
+            try:
+                send = partial(send_image, self._stored.repository, point, disk, layout, sink.write)
+                return await send(size_bytes=length, locator=self._stored.locator, report=report)
+            finally:
+                self._sent_bytes = sink.sent_bytes
 
 
 def _record(value: object) -> dict[str, XapiValue]:
