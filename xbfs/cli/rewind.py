@@ -106,7 +106,7 @@ def _abandon(arguments: argparse.Namespace, output: Output) -> None:
 
 
 def _side(pool: Pool, ledgers: Ledgers) -> PoolSide:
-    disks = _Disks(pool)
+    disks = PoolDisks(pool)
     return PoolSide(pool, disks, disks, ledgers, Patience(system_runtime().random), os.uname().nodename)
 
 
@@ -125,7 +125,7 @@ async def _safety_point(pool: Pool, side: PoolSide, target: Target, vm_uuid: str
     return report.outcome.reports[vm_uuid].point
 
 
-class _Disks:
+class PoolDisks:
     """DiskReader and DiskWriter of a rewind, on a pool."""
 
     def __init__(self, pool: Pool) -> None:

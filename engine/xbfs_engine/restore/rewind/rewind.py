@@ -105,8 +105,7 @@ class Rewind:
         self._wishes = wishes
         self._reader = ChunkReader(points.repository.storage, points.repository.keys, points.locator)
         self._safety: RestorePoint | None = None
-        self._stopped = False
-        self._began = False
+        self._stopped = self._began = self._verified = False
 
     async def run(self, listener: Listener) -> RewindReport:
         """Rewind, or with ``dry_run`` only say what that would write.
@@ -168,7 +167,7 @@ class Rewind:
             await guard.begin_writing(self._point.id, safety)
             self._began = True
         done = [await self._write(listener, ledger, vm, job) if job in todo else job for job in jobs]
-        self._began = False
+        self._verified = True
         listener.step("allowing the VM to be started")
         await guard.release()
         return replace(self._report(vm, matched, done), written=bool(todo))
@@ -285,7 +284,12 @@ class Rewind:
 
     async def _leave(self, listener: Listener, vm: Vm, left: HalfWritten | None) -> None:
         """After a failure: say what is left, and start again what we stopped."""
-        if self._began or left is not None:
+        if self._verified:
+            listener.warn(
+                f"{vm.name!r} is rewound, but not all of its operations are allowed again",
+                f"run `xbfs rewind {vm.name} --to {self._point.id[:12]}` again: it only does that",
+            )
+        elif self._began or left is not None:
             listener.warn(
                 f"disks of {vm.name!r} are half-written, and it can not be started",
                 f"run `xbfs rewind {vm.name} --to {self._point.id[:12]}` again"
