@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from xbfs_engine.restore.vm.plan import DiskPlan
     from xbfs_engine.restore.vm.target import Target
     from xbfs_engine.source.xapi.config import Credentials, PoolConfig
+    from xbfs_engine.source.xapi.sweep import SweepReport
 
 
 def restore(arguments: argparse.Namespace, output: Output) -> None:
@@ -64,7 +65,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("--attach and --as contradict each other", hint="give one or the other")
     sources = [source for source, _ in arguments.networks]
     if len(set(sources)) != len(sources):
-        raise UsageError("--network says of one network twice where it goes")
+        raise UsageError("--network says twice where one network goes", hint="give it once")
 
 
 def _is_vm(arguments: argparse.Namespace) -> bool:
@@ -84,11 +85,13 @@ async def _restore(
 ) -> tuple[VmPlan | DisksPlan, RestoredVm | RestoredDisks | None]:
     runtime, node = system_runtime(), os.uname().nodename
     async with open_pool(config, secrets, runtime) as pool:
+        ledgers = Ledgers.of_pool(config.name, os.environ, runtime)
+        if not arguments.dry_run:
+            # Before the plan: what a restore of the same VM left half-made is in the way of its identity.
+            listener.swept(await sweep(pool, ledgers, node=node, dry_run=False))
         plan = _plan(arguments, stored.point, await look_at(pool))
         if arguments.dry_run:
             return plan, None
-        ledgers = Ledgers.of_pool(config.name, os.environ, runtime)
-        await sweep(pool, ledgers, node=node, dry_run=False)
         async with ledgers.begin(node) as ledger:
             if isinstance(plan, VmPlan):
                 return plan, await restore_vm(pool, ledger, stored, plan, listener, start=arguments.start)
@@ -101,6 +104,13 @@ class _Listener:
     def __init__(self, output: Output, line: ProgressLine) -> None:
         self._output = output
         self._line = line
+
+    def swept(self, report: SweepReport) -> None:
+        """What runs that died had left."""
+        for step in report.done:
+            self._output.say(f"removed what a run that died had left: {step.deed.value} {step.name or step.uuid}")
+        for failed in report.failed:
+            self._output.warn(f"a leftover stays: {failed.step.deed.value} {failed.step.uuid}: {failed.reason}")
 
     def step(self, what: str) -> None:
         """A line each."""
