@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -156,10 +157,13 @@ def test_marks_are_a_set(marked: set[int], size: int, most: int) -> None:
     inside = {position for position in marked if position < count}
     for position in inside:
         marks.add(position, position + 1)
-    for limit in (None, most):
-        runs = list(marks.runs(limit))
-        assert [position for first, end in runs for position in range(first, end)] == sorted(inside)
-        assert all(end - first <= (limit or count) for first, end in runs)
+    runs = list(marks.runs())
+    assert [position for first, end in runs for position in range(first, end)] == sorted(inside)
+    assert all(end < after for (_, end), (after, _) in pairwise(runs))
+    batches = list(marks.batches(most))
+    assert [position for runs in batches for first, end in runs for position in range(first, end)] == sorted(inside)
+    assert all(sum(end - first for first, end in runs) == most for runs in batches[:-1])
+    assert all(0 < sum(end - first for first, end in runs) <= most for runs in batches[-1:])
     extents = [marks.extent(first, end) for first, end in marks.runs()]
     assert sum(length for _, length in extents) == marks.marked_bytes
     assert all(offset + length <= size for offset, length in extents)

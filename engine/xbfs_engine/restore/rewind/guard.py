@@ -127,6 +127,8 @@ class Guard:
         )
         if state != HALTED:
             raise VmNotReady(f"the VM was started meanwhile: it is {str(state).lower()}")
+        # The second note says all that the first did.
+        await self._ledger.gone(self._items.pop(0))
         self.writing = True
 
     async def release(self) -> None:

@@ -27,15 +27,31 @@ class ChunkMarks:
         for first, end in where.runs():
             self._marks[first:end] = by._marks[first:end]
 
-    def runs(self, chunks_max: int | None = None) -> Iterator[tuple[int, int]]:
-        """Marked chunks [first, end), ascending, in runs of at most ``chunks_max``."""
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """Marked chunks [first, end), ascending, neighbours together."""
         first = self._marks.find(1)
         while first >= 0:
-            end = self._marks.find(0, first, None if chunks_max is None else first + chunks_max)
-            if end < 0:
-                end = len(self._marks) if chunks_max is None else min(len(self._marks), first + chunks_max)
+            end = self._marks.find(0, first)
+            end = len(self._marks) if end < 0 else end
             yield first, end
             first = self._marks.find(1, end)
+
+    def batches(self, chunks_max: int) -> Iterator[list[tuple[int, int]]]:
+        """The same, cut and taken together so that each batch but the last has ``chunks_max`` chunks."""
+        batch: list[tuple[int, int]] = []
+        room = chunks_max
+        for start, end in self.runs():
+            first = start
+            while first < end:
+                cut = min(end, first + room)
+                batch.append((first, cut))
+                room -= cut - first
+                first = cut
+                if not room:
+                    yield batch
+                    batch, room = [], chunks_max
+        if batch:
+            yield batch
 
     def extent(self, first: int, end: int) -> tuple[int, int]:
         """Offset and length in bytes of the chunks [first, end)."""

@@ -63,19 +63,25 @@ async def _compare(
 
         def work() -> ChunkMarks:
             found, done = wanted.marks(), 0
-            runs = SEGMENT_SIZE // wanted.chunk_size
+            most = SEGMENT_SIZE // wanted.chunk_size
             buffer = memoryview(bytearray(SEGMENT_SIZE))
-            source.read_ahead(where.extent(*run) for run in where.runs(runs))
-            for first, end in where.runs(runs):
-                offset, length = where.extent(first, end)
-                source.read_into(offset, buffer[:length])
-                for position in range(first, end):
-                    start = (position - first) * wanted.chunk_size
-                    if not wanted.holds(position, buffer[start : min(start + wanted.chunk_size, length)]):
-                        found.add(position, position + 1)
-                done += length
+            source.read_ahead(where.extent(*run) for runs in where.batches(most) for run in runs)
+            for runs in where.batches(most):
+                for first, end in runs:
+                    offset, length = where.extent(first, end)
+                    source.read_into(offset, buffer[:length])
+                    _mark_differing(wanted, first, buffer[:length], found)
+                    done += length
                 # Also the place where a thread whose task was cancelled ends.
                 trio.from_thread.run_sync(report, done)
             return found
 
         return await trio.to_thread.run_sync(work, abandon_on_cancel=True)
+
+
+def _mark_differing(wanted: WantedDisk, first: int, view: memoryview, found: ChunkMarks) -> None:
+    """Mark the chunks in ``view``, which begins with chunk ``first``, that are not as they shall be."""
+    size = wanted.chunk_size
+    for number, start in enumerate(range(0, len(view), size)):
+        if not wanted.holds(first + number, view[start : start + size]):
+            found.add(first + number, first + number + 1)

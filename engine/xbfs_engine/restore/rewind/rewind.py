@@ -162,7 +162,7 @@ class Rewind:
         if todo:
             for job in todo:
                 # Whether we can read the point at all is better known before anything is overwritten.
-                await in_thread(job.wanted.content, *next(job.marks.runs(1)))
+                await in_thread(job.wanted.content, [next(job.marks.runs())[0]])
             safety = self._safety.id if self._safety else left.safety if left else ""
             await guard.begin_writing(self._point.id, safety)
             self._began = True
@@ -253,7 +253,7 @@ class Rewind:
         listener.step(f"verifying disk {number}")
         progress = partial(_progress, listener, f"verifying disk {number}", where.marked_bytes)
         wrong = await differing(self._pool.reader, ref, job.wanted, where, progress)
-        first = next(wrong.runs(1), None)
+        first = next(wrong.runs(), None)
         if first is not None:
             raise IntegrityError(
                 f"disk {number} ({job.disk.vdi.uuid}): what was read back at byte {wrong.extent(*first)[0]} is not "

@@ -16,6 +16,8 @@ from xbfs_engine.core.limits import LEAF_FANOUT
 from xbfs_engine.restore.rewind.marks import ChunkMarks
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from xbfs_engine.catalog.node import Node
     from xbfs_engine.catalog.restore_point import DiskRecord
     from xbfs_engine.codec.compress import Buffer
@@ -65,19 +67,20 @@ class WantedDisk:
         stored = self._stored(position)
         return self._chunk_id(view[:stored]) == ref.id and _is_zero(view[stored:])
 
-    def content(self, first: int, end: int) -> list[Buffer]:
-        """What the chunks [first, end) shall hold, checked against their ids.
+    def content(self, positions: Sequence[int]) -> list[Buffer]:
+        """What these chunks (ascending) shall hold, checked against their ids.
 
         Raises IntegrityError, naming the place; KeyNotHeld, StorageError.
         """
-        refs = {position: ref for position in range(first, end) if (ref := self._ref(position)) is not None}
+        refs = {position: ref for position in positions if (ref := self._ref(position)) is not None}
         try:
             fetched = self._reader.fetch(list(refs.values()), ObjectKind.DATA_PACK)
         except IntegrityError as exc:
-            where = f"disk {self.record.number}, from byte {first * self.chunk_size}"
+            first, last = positions[0] * self.chunk_size, (positions[-1] + 1) * self.chunk_size
+            where = f"disk {self.record.number}, between bytes {first} and {last}"
             raise type(exc)(f"{where}: {exc.message}", hint=exc.hint) from exc
         chunks: dict[int, Buffer] = dict(zip(refs, fetched, strict=True))
-        return [self._padded(position, chunks.get(position, b"")) for position in range(first, end)]
+        return [self._padded(position, chunks.get(position, b"")) for position in positions]
 
     def _padded(self, position: int, chunk: Buffer) -> Buffer:
         length = min(self.chunk_size, self.size_bytes - position * self.chunk_size)

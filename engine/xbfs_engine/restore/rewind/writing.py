@@ -6,6 +6,7 @@ it is not sent (xen-api, import_raw_vdi). A write that broke is done again from 
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -47,17 +48,7 @@ async def patch(
 
     async def attempt() -> None:
         async with writer.patch(vdi_ref) as sink:
-
-            def work() -> None:
-                done = 0
-                for first, end in where.runs(_BATCH_SIZE // wanted.chunk_size):
-                    data = b"".join(wanted.content(first, end))
-                    trio.from_thread.check_cancelled()
-                    sink.write_at(where.extent(first, end)[0], data)
-                    done += len(data)
-                    trio.from_thread.run_sync(report, done)
-
-            await trio.to_thread.run_sync(work, abandon_on_cancel=True)
+            await _send(sink.write_at, wanted, where, report)
 
     await patience.get(attempt, "write a disk", repeatable=True)
 
@@ -66,20 +57,31 @@ async def fill(
     writer: DiskWriter, patience: Patience, vdi_ref: Ref, wanted: WantedDisk, report: Callable[[int], None]
 ) -> None:
     """Write all of a VDI. Raises what ``patch`` raises."""
-    everything = wanted.marks(full=True)
 
     async def attempt() -> None:
         async with writer.fill(vdi_ref, wanted.size_bytes) as sink:
 
-            def work() -> None:
-                done = 0
-                for first, end in everything.runs(_BATCH_SIZE // wanted.chunk_size):
-                    data = b"".join(wanted.content(first, end))
-                    trio.from_thread.check_cancelled()
-                    sink.write(data)
-                    done += len(data)
-                    trio.from_thread.run_sync(report, done)
+            def write(_offset: int, data: bytes) -> None:
+                sink.write(data)
 
-            await trio.to_thread.run_sync(work, abandon_on_cancel=True)
+            await _send(write, wanted, wanted.marks(full=True), report)
 
     await patience.get(attempt, "write a new disk", repeatable=True)
+
+
+async def _send(
+    write: Callable[[int, bytes], None], wanted: WantedDisk, where: ChunkMarks, report: Callable[[int], None]
+) -> None:
+    def work() -> None:
+        done = 0
+        for runs in where.batches(_BATCH_SIZE // wanted.chunk_size):
+            chunks = iter(wanted.content([position for run in runs for position in range(*run)]))
+            for first, end in runs:
+                data = b"".join(islice(chunks, end - first))
+                # A thread whose task was cancelled must not write any more.
+                trio.from_thread.check_cancelled()
+                write(where.extent(first, end)[0], data)
+                done += len(data)
+            trio.from_thread.run_sync(report, done)
+
+    await trio.to_thread.run_sync(work, abandon_on_cancel=True)
