@@ -11,7 +11,7 @@ import trio
 from tests.support.engine import pattern
 from tests.support.restore_lab import RestoreLab, content, parts, state_of
 from tests.support.xensim import GIB, MIB, XenSim, default_world, running_sim
-from xbfs_engine.core.errors import ObjectNotFound, UsageError, VmNotReady, XapiFailure
+from xbfs_engine.core.errors import BlobLost, ObjectNotFound, UsageError, VmNotReady, XapiFailure
 from xbfs_engine.source.xapi.markers import PREFIX
 from xbfs_engine.source.xapi.vm_record import ARCHIVE_KEY, vm_record_of
 
@@ -183,6 +183,12 @@ def test_identity_is_kept_when_it_is_asked_for_and_free(tmp_path: Path) -> None:
         with pytest.raises(VmNotReady, match="MAC"):
             site.restore(site.db, keep_identity=True)
         assert state_of(sim) == before
+        # What the repository lost is no zeros, and half a disk is none.
+        for blob in list(site.lab.engine.storage.list_blobs("data/")):
+            site.lab.engine.storage.delete(blob.name)
+        with pytest.raises(BlobLost, match="disk 0 of restore point"):
+            site.restore(site.db)
+        assert state_of(sim) == before
 
 
 @pytest.mark.parametrize("code", ["VM_TO_IMPORT_IS_NOT_NEWER_VERSION", "VM_BAD_POWER_STATE"])
@@ -291,6 +297,21 @@ def test_a_disk_that_no_vhd_can_hold(site: Site) -> None:
     disk = replace(site.web.disks[0], size_bytes=2041 * GIB)
     with pytest.raises(VmNotReady, match=r"disk 0 has 2041 GiB, and SR nfs takes at most 2040 GiB"):
         site.restore(replace(site.web, disks=(disk,)))
+
+
+def test_a_busy_sr_is_waited_for(site: Site) -> None:
+    site.sim.fault("VDI.create", "fail", code="OTHER_OPERATION_IN_PROGRESS", params=["SR", "x", "scan", "y"], times=2)
+    site.sim.fault("VM.set_name_label", "drop")
+    done = site.restore(site.db, name="copy")
+    site.check_disks(site.db, done)
+    site.remove(done)
+
+
+def test_a_tpm_that_is_refused_does_not_stop_a_restore(site: Site) -> None:
+    site.sim.fault("VTPM.create", "fail", code="LICENCE_RESTRICTION", params=["VTPM"])
+    done = site.restore(without_archive(site.db), name="copy")
+    assert any(lost.startswith("vTPM: ") for lost in done.lost)
+    site.remove(done)
 
 
 def test_a_stream_that_breaks_off_is_sent_again(site: Site) -> None:
