@@ -28,6 +28,7 @@ from xbfs_engine.source.xapi.vm_record import capture_vm, vm_record_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Set as AbstractSet
     from pathlib import Path
 
 NODE = os.uname().nodename
@@ -111,6 +112,11 @@ class Leftovers:
             await self.pool.call(f"{cls}.add_to_other_config", ref, key, value)
 
 
+async def no_bases(_: str, slots: AbstractSet[str]) -> dict[str, str]:
+    """A repository whose points name none."""
+    return dict.fromkeys(slots, "")
+
+
 async def swept(pool: Pool, ledgers: Ledgers, **options: Any) -> SweepReport:
     return await sweep(pool, ledgers, node=NODE, **({"dry_run": False} | options))
 
@@ -154,7 +160,7 @@ async def test_bases_lose_their_data_and_stay_though_dom0_held_them(sim: XenSim,
         assert not kept & {base.uuid for base in report.kept}
         assert len(things(sim)["VDI"] - before["VDI"]) == 2
         # The repository knows of none: all go.
-        await swept(pool, ledgers, bases={f"repo/web/{number}": "" for number in range(2)})
+        await swept(pool, ledgers, bases=no_bases)
     assert things(sim) == before
 
 
@@ -208,9 +214,9 @@ async def test_failures_of_the_pool_are_told_and_mended_by_the_next_sweep(sim: X
     async with opened(sim) as pool:
         async with ledgers.begin(NODE) as ledger:
             await Leftovers(pool, ledger).make(sim.vm("web")["uuid"], noted=True)
-        sim.fault("VDI.destroy", "fail", code="SR_BACKEND_FAILURE_47", params=["", "gone", ""])
+        sim.fault("VDI.destroy", "fail", code="SR_BACKEND_FAILURE_181", params=["", "gone", ""])
         report = await swept(pool, ledgers)
-        assert [(failed.step.deed, "SR_BACKEND_FAILURE_47" in failed.reason) for failed in report.failed] == [
+        assert [(failed.step.deed, "SR_BACKEND_FAILURE_181" in failed.reason) for failed in report.failed] == [
             (Deed.DESTROY_VDI, True)
         ]
         sim.clear()
@@ -262,7 +268,7 @@ async def test_a_disk_in_use_by_an_nbd_client_is_waited_for(
     """The host's dom0 lets go of it when the client's connection is gone."""
     from xbfs_engine.ingest.vm.reading import nbd_targets
 
-    monkeypatch.setattr("xbfs_engine.source.xapi.sweep.BUSY_PAUSE_S", 0.5)
+    monkeypatch.setattr("xbfs_engine.source.xapi.removal.IN_USE_PAUSES_S", (0.5,) * 10)
     before = things(sim)
     async with opened(sim) as pool:
         async with ledgers.begin(NODE) as ledger:
@@ -286,6 +292,7 @@ def test_the_verbs(sim: XenSim, tmp_path: Path) -> None:
     registry.add(replace(config(sim), password_file=str(password)), None)
     world = CliWorld(tmp_path)
     environment = {"XBFS_CONFIG": str(tmp_path / "config"), "XBFS_STATE": str(tmp_path / "state")}
+    environment["XBFS_REPOSITORY"] = ""
     done = world.run("pool", "check", "sim", "--all", "--json", **environment)
     assert done.code == 0, done.err
     assert {finding["severity"] for finding in done.json["findings"]} <= {"ok", "note"}

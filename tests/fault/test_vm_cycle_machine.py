@@ -20,8 +20,8 @@ from tests.support.fake_pool import Fault
 from tests.support.vm_lab import NODE, Lab
 from xbfs_engine.core.errors import PoolError
 from xbfs_engine.core.limits import KIB, MIB
+from xbfs_engine.ingest.vm.base import known_bases
 from xbfs_engine.ingest.vm.cycle import Wishes
-from xbfs_engine.ingest.vm.job import known_bases
 from xbfs_engine.source.xapi.sweep import sweep
 
 DISKS = 2
@@ -123,9 +123,7 @@ class VmLife(RuleBasedStateMachine):
                 self.lab.check_point(points[-1], self.taken)
 
     async def _sweep(self) -> None:
-        pool_uuid = self.pool.uuid(self.pool.pool)
-        wanted = [self.pool.uuid(self.vm)]
-        bases = known_bases(self.lab.engine.catalog, self.lab.engine.repository.id, pool_uuid, wanted)
+        bases = known_bases(self.lab.engine.catalog, self.lab.engine.repository.id)
         await sweep(self.pool, self.lab.ledgers, node=NODE, dry_run=False, bases=bases)
 
     def teardown(self) -> None:

@@ -23,7 +23,7 @@ class FakeXapi:
     """A pool of one host with one SR of each common kind. ``diary``: the calls that change something.
 
     ``faults``: by method, the codes that its next calls fail with; ``refused``: by method and object, always.
-    ``dies_at``: the number of the call at which the connection breaks, or ``on_death`` is cancelled.
+    ``dies_at``: the number of the call from which on connections break, or at which ``on_death`` is cancelled.
     """
 
     name = "lab"
@@ -99,7 +99,7 @@ class FakeXapi:
         if self.calls == self.dies_at and self.on_death is not None:
             self.on_death.cancel()
             await trio.lowlevel.checkpoint()
-        if self.calls == self.dies_at:
+        if 0 < self.dies_at <= self.calls:
             raise PoolUnreachable(f"call {self.calls}, {method}: broken off")
         cls, _, name = method.partition(".")
         if not name.startswith("get_"):

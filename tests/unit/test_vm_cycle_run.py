@@ -130,7 +130,7 @@ def test_a_chain_that_is_coalesced_in_time_is_waited_for(lab: Lab) -> None:
     report = run(lab, "web", wait_s=0)
     (failure,) = report.outcome.failures.values()
     assert isinstance(failure, VmNotReady)
-    assert "1 VHDs wait to be coalesced" in failure.message
+    assert "1 VHD waits to be coalesced" in failure.message
     report = run(lab, "web")
     assert len(report.outcome.reports) == 1
     assert any("waiting for the SR" in step for step in lab.heard.steps)

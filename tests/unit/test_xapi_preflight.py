@@ -104,7 +104,9 @@ async def test_clocks(world: World, seconds: int, warned: bool) -> None:
 async def test_thick_srs_need_the_size_of_the_disks(world: World) -> None:
     world.xapi.db.set(world.xapi.lvm, physical_utilisation=991 * GIB)
     assert await world.warnings() == [("vm", "web")]
-    world.xapi.db.set(world.xapi.lvm, physical_utilisation=990 * GIB)
+    world.xapi.db.set(world.xapi.lvm, other_config={"xbfs:check-room": "false"})
+    assert await world.warnings() == []
+    world.xapi.db.set(world.xapi.lvm, physical_utilisation=990 * GIB, other_config={})
     assert await world.warnings() == []
 
 
@@ -123,15 +125,24 @@ async def test_srs_without_tracking_are_noted(world: World) -> None:
     assert [(note.topic, note.subject) for note in notes] == [("sr", "rawhba")]
 
 
-async def test_chains(world: World) -> None:
-    world.chain(world.disk, 2)
-    assert await world.warnings() == []
-    assert [(f.topic, f.subject) for f in await world.check() if f.severity is Severity.NOTE] == [("chain", "nfs")]
-    world.chain(world.disk, 3)
-    assert await world.warnings() == [("chain", "web")]
-    world.chain(world.disk, 24)
-    (finding,) = [f for f in await world.check() if f.severity is Severity.WARNING]
-    assert "chain of 25" in finding.fact
+@pytest.mark.parametrize(
+    ("vhds", "warned", "told"),
+    [
+        (1, [], ""),
+        (2, [], ""),
+        (3, [], "disk 0: 1 VHD waits to be coalesced"),
+        (4, [], "disk 0: 2 VHDs wait to be coalesced"),
+        (24, [], ""),
+        (25, [("chain", "web")], "a chain of 25 VHDs; from 28 on"),
+        (28, [("vm", "web")], "its chain has 28 VHDs"),
+    ],
+)
+async def test_chains(world: World, vhds: int, warned: list[tuple[str, str]], told: str) -> None:
+    world.chain(world.disk, vhds - 1)
+    assert await world.warnings() == warned
+    assert any(told in finding.fact for finding in await world.check() if finding.subject == "web") or not told
+    notes = [f for f in await world.check() if f.severity is Severity.NOTE and (f.topic, f.subject) == ("chain", "web")]
+    assert bool(notes) == (vhds > 2)
 
 
 async def test_vms_and_disks_that_can_not_be_backed_up(world: World) -> None:

@@ -19,6 +19,9 @@ from xbfs_engine.source.xapi.sweep import Deed, SweepReport
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from collections.abc import Set as AbstractSet
+
+    from trio.testing import MockClock
 
 HOUR_S = 3600
 
@@ -167,7 +170,12 @@ async def test_run_that_died_around_its_commit(world: World, named: str | None) 
     async with world.ledgers.begin(NODE) as ledger:
         new = await world.base(ledger, vdi, "slot", confirmed=False, type="user")
     uuids = {"old": world.xapi.uuid(old), "new": world.xapi.uuid(new), "neither": ""}
-    await world.sweep(bases={} if named is None else {"slot": uuids[named]})
+
+    async def known(_: str, slots: AbstractSet[str]) -> dict[str, str]:
+        assert slots == {"slot"}
+        return {} if named is None else {"slot": uuids[named]}
+
+    await world.sweep(bases=known)
     assert world.exists(old, new) == [named in {None, "old"}, named in {None, "new"}]
     if named in {None, "new"}:
         assert world.xapi.db.text(new, "type") == "cbt_metadata"
@@ -253,7 +261,9 @@ async def full_house(world: World) -> set[str]:
 
 
 @pytest.mark.parametrize("way", ["broken connection", "cancelled"])
-async def test_a_sweep_that_ends_anywhere_is_finished_by_the_next(memory: Path, way: str) -> None:
+async def test_a_sweep_that_ends_anywhere_is_finished_by_the_next(
+    memory: Path, way: str, autojump_clock: MockClock
+) -> None:
     number = 0
     while True:
         number += 1

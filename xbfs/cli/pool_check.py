@@ -7,8 +7,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from xbfs.cli import tasks, text
+from xbfs.cli.context import catalog_of, repository_of
 from xbfs.cli.pool import configured
+from xbfs_engine.core.errors import XbfsError
 from xbfs_engine.core.runtime import system_runtime
+from xbfs_engine.ingest.vm.base import known_bases
 from xbfs_engine.source.xapi.ledger import Ledgers
 from xbfs_engine.source.xapi.preflight import Severity, check_pool
 from xbfs_engine.source.xapi.session import open_pool
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from xbfs.cli.output import Output
     from xbfs_engine.source.xapi.config import Credentials, PoolConfig
     from xbfs_engine.source.xapi.preflight import Finding
-    from xbfs_engine.source.xapi.sweep import SweepReport
+    from xbfs_engine.source.xapi.sweep import KnownBases, SweepReport
 
 
 def check(arguments: argparse.Namespace, output: Output) -> None:
@@ -42,7 +45,8 @@ def check(arguments: argparse.Namespace, output: Output) -> None:
 def sweep(arguments: argparse.Namespace, output: Output) -> None:
     """Remove what dead runs of this node left on a pool."""
     config, secrets = configured(arguments.name)
-    report = tasks.run(partial(_sweep, config, secrets, dry_run=arguments.dry_run))
+    bases = _known_bases(arguments, output)
+    report = tasks.run(partial(_sweep, config, secrets, bases, dry_run=arguments.dry_run))
     output.result(
         {
             "pool": config.name,
@@ -66,6 +70,18 @@ def sweep(arguments: argparse.Namespace, output: Output) -> None:
     output.say(f"{text.count(len(report.done), 'leftover')} {'found' if report.dry_run else 'removed'}")
 
 
+def _known_bases(arguments: argparse.Namespace, output: Output) -> KnownBases | None:
+    """From the repository, if one is named. Without it a sweep only removes less."""
+    if not (getattr(arguments, "repository", None) or os.environ.get("XBFS_REPOSITORY")):
+        return None
+    try:
+        repository = repository_of(arguments)
+        return known_bases(catalog_of(repository, output), repository.id)
+    except XbfsError as exc:
+        output.warn(f"the repository is not asked which bases its points need: {exc.message}", exc.hint)
+        return None
+
+
 async def _check(config: PoolConfig, secrets: Credentials) -> list[Finding]:
     runtime = system_runtime()
     async with open_pool(config, secrets, runtime) as pool:
@@ -73,8 +89,8 @@ async def _check(config: PoolConfig, secrets: Credentials) -> list[Finding]:
         return await check_pool(pool, ledgers, node=os.uname().nodename, pins=config.pins)
 
 
-async def _sweep(config: PoolConfig, secrets: Credentials, *, dry_run: bool) -> SweepReport:
+async def _sweep(config: PoolConfig, secrets: Credentials, bases: KnownBases | None, *, dry_run: bool) -> SweepReport:
     runtime = system_runtime()
     async with open_pool(config, secrets, runtime) as pool:
         ledgers = Ledgers.of_pool(config.name, os.environ, runtime)
-        return await sweep_pool(pool, ledgers, node=os.uname().nodename, dry_run=dry_run)
+        return await sweep_pool(pool, ledgers, node=os.uname().nodename, dry_run=dry_run, bases=bases)

@@ -27,7 +27,8 @@ def add_pool_checks(verbs: Verbs) -> None:
         ["xbfs pool sweep prod --dry-run", "xbfs pool sweep prod"],
         "Every run begins with this. Removes snapshots, disks, blocked operations and tasks that are noted in this\n"
         "node's ledger, and nothing else; runs that are at work and other nodes are left alone. What each newest\n"
-        "restore point needs for the next changed-block backup stays.",
+        "restore point needs for the next changed-block backup stays: the repository is asked for it. Without one\n"
+        "(-r, XBFS_REPOSITORY), or one that can not be opened, whatever a point may need stays.",
     )
     sweep.add_argument("name", metavar="NAME", help="the pool")
     sweep.add_argument("-n", "--dry-run", action="store_true", help="only say what would be removed")

@@ -28,7 +28,7 @@ from xbfs_engine.store.reader import ChunkReader
 from xbfs_engine.store.session import WriteSession
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from xbfs_engine.catalog.catalog import Catalog
     from xbfs_engine.codec.wire import Value
@@ -59,7 +59,10 @@ class DiskJob:
 
 @dataclass(frozen=True, slots=True)
 class BackupRequest:
-    """What to back up. ``base``: the point that ``changed`` is relative to; None means the VM's newest."""
+    """What to back up. ``base``: the point that ``changed`` is relative to; None means the VM's newest.
+
+    ``before_commit``: awaited when all is stored but the manifest; if it raises, there is no point.
+    """
 
     vm_name: str
     vm_uuid: str
@@ -70,6 +73,7 @@ class BackupRequest:
     base: PointId | None = None
     new_chain: bool = False
     threads: int | None = None
+    before_commit: Callable[[], Awaitable[None]] | None = None
 
 
 class BackupRun:
@@ -124,6 +128,8 @@ class BackupRun:
             ),
             vm=self._request.vm,
         )
+        if self._request.before_commit is not None:
+            await self._request.before_commit()
         return await in_thread(self._catalog.commit, point)
 
     def _prepare(self) -> None:

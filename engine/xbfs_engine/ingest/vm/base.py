@@ -1,6 +1,6 @@
 """What a restore point remembers of the pool, so that the next one can be a delta: the snapshot each disk was read of.
 
-Lies under "xen" in ``RestorePoint.vm``. Owns that record and nothing else. Pure.
+Lies under "xen" in ``RestorePoint.vm``. Owns that record, and what it tells a sweep. Keeps no state.
 """
 
 from __future__ import annotations
@@ -8,10 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import trio
+
+from xbfs_engine.source.xapi.markers import slot_of, slots_of
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from collections.abc import Set as AbstractSet
 
+    from xbfs_engine.catalog.catalog import Catalog
     from xbfs_engine.codec.wire import Value
+    from xbfs_engine.source.xapi.sweep import KnownBases
 
 KEY: Final = "xen"
 """Where the record lies in ``RestorePoint.vm``."""
@@ -56,6 +63,24 @@ def base_of(vm: Mapping[str, Value]) -> XenBase | None:
             return XenBase(pool_uuid, _by_number(snapshots), _by_number(taken), _by_number(left_out))
         case _:
             return None
+
+
+def known_bases(catalog: Catalog, repository_id: str) -> KnownBases:
+    """What a sweep asks: which bases the newest points of this repository name. Raises StorageError when asked."""
+
+    async def known(pool_uuid: str, slots: AbstractSet[str]) -> dict[str, str]:
+        await trio.to_thread.run_sync(catalog.refresh)
+        # A VM without a point has no base that any point needs.
+        bases = dict.fromkeys(slots_of(repository_id, slots), "")
+        # By time: the newest point of a VM comes last.
+        for point in catalog.points():
+            xen = base_of(point.vm)
+            named = xen.snapshots if xen and xen.pool_uuid == pool_uuid else {}
+            bases |= {slot_of(repository_id, point.vm_uuid, disk.number): "" for disk in point.disks}
+            bases |= {slot_of(repository_id, point.vm_uuid, number): uuid for number, uuid in named.items()}
+        return bases
+
+    return known
 
 
 def _by_text(values: Mapping[int, str]) -> dict[str, Value]:

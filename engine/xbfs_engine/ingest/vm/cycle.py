@@ -9,6 +9,7 @@ base goes only after the commit.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
@@ -129,16 +130,14 @@ class VmCycle:
         older = OlderBases(origin.xapi, origin.patience, bases, node=origin.ledger.node, live=origin.live)
         self._step("keeping it from being migrated")
         async with migration_blocked(origin.xapi, origin.patience, origin.ledger, vm_ref=vm.ref, vm_uuid=vm.uuid):
-            taker = SnapshotTaker(
-                origin.xapi, origin.patience, origin.ledger, vm, bases, keep_data=self._wishes.keep_data
-            )
+            taker = SnapshotTaker(origin.xapi, origin.patience, origin.ledger, vm, bases)
             going = LettingGo(
                 origin.xapi, origin.patience, origin.ledger, bases, older, keep_data=self._wishes.keep_data
             )
             try:
                 snapshot = await self._take(taker)
                 deltas = await self._decide(snapshot, last)
-                await self._read(snapshot, deltas, last)
+                await self._read(snapshot, deltas, last, bases)
             finally:
                 # Also when it was cancelled: a point that was committed keeps its snapshot as base.
                 if self._point is None:
@@ -181,7 +180,9 @@ class VmCycle:
         )
         return {disk.number: await deltas.decide(disk, full=self._wishes.full) for disk in snapshot.disks}
 
-    async def _read(self, snapshot: Snapshot, deltas: Mapping[int, Delta], last: RestorePoint | None) -> None:
+    async def _read(
+        self, snapshot: Snapshot, deltas: Mapping[int, Delta], last: RestorePoint | None, bases: Bases
+    ) -> None:
         """Read by the best way there is, and commit."""
         origin = self._origin
         self._step("recording the VM")
@@ -200,7 +201,7 @@ class VmCycle:
                 for disk in snapshot.disks
                 if deltas[disk.number].changed is None
             }
-            plan = _Plan(snapshot, deltas, allocated, vm, last)
+            plan = _Plan(snapshot, deltas, allocated, vm, last, bases)
             if not await self._has_nbd(snapshot):
                 await self._back_up(plan, origin.access.stream, "over HTTPS: no host offers NBD")
                 return
@@ -228,11 +229,19 @@ class VmCycle:
                 vm=plan.vm,
                 base=plan.last.id if plan.last else None,
                 new_chain=_smaller(plan.snapshot, plan.last) is not None,
+                before_commit=partial(self._keep_bases, plan),
             )
             target = self._target
             run = BackupRun(target.repository, target.catalog, target.index, request, self._progress)
             # Before anything else is awaited: from here on the point exists.
             self._point = await run.run()
+
+    async def _keep_bases(self, plan: _Plan) -> None:
+        """From here on nobody can tell whether the point exists, so a sweep must take neither old base nor new."""
+        for disk in plan.snapshot.disks:
+            if is_base(disk, plan.deltas[disk.number]):
+                slot = plan.bases.slot(disk.number)
+                await self._origin.ledger.keep(disk.item, slot, with_data=self._wishes.keep_data)
 
     async def _has_nbd(self, snapshot: Snapshot) -> bool:
         try:
@@ -289,3 +298,4 @@ class _Plan(NamedTuple):
     allocated: Mapping[int, AllocatedBlocks | None]
     vm: dict[str, Value]
     last: RestorePoint | None
+    bases: Bases

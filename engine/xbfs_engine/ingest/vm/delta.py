@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xbfs_engine.core.errors import BitmapInvalid, PoolError, XapiFailure
 from xbfs_engine.ingest.vm.base import base_of
+from xbfs_engine.ingest.vm.told import told_of
 from xbfs_engine.source.cbt import parse_bitmap
 from xbfs_engine.source.xapi.failures import meaning_of
 
@@ -71,17 +72,18 @@ class Deltas:
             return Delta(None, "first point of this VM")
         if self._last.disk(disk.number) is None:
             return Delta(None, "first point of this disk")
-        if disk.untracked is not None:
-            return Delta(None, disk.untracked, fell_back=True)
         try:
-            base_uuid = self._known_base(disk)
-            changed = await self._changed(disk, base_uuid)
+            changed = await self._changed(disk, self._known_base(disk))
         except _Doubt as doubt:
-            return Delta(None, doubt.reason, fell_back=True, reset=doubt.reset)
+            told = await told_of(self._xapi, disk.vdi_uuid, self._last.run.started_ns)
+            reason = f"{doubt.reason}; the pool reported {told}" if told else doubt.reason
+            return Delta(None, reason, fell_back=True, reset=doubt.reset)
         return Delta(changed, f"changed blocks since {self._last.id[:_ID_DIGITS]}")
 
     def _known_base(self, disk: TakenDisk) -> str:
-        """From the record of the last point alone."""
+        """From what is known of the disk and the record of the last point alone."""
+        if disk.untracked is not None:
+            raise _Doubt(disk.untracked)
         old = self._last.disk(disk.number) if self._last else None
         xen = base_of(self._last.vm) if self._last else None
         if old is None or xen is None:

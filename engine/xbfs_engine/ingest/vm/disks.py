@@ -10,6 +10,7 @@ from xbfs_engine.source.xapi.markers import slot_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from xbfs_engine.source.xapi.fitness import Backlog
     from xbfs_engine.source.xapi.ledger import Item
     from xbfs_engine.source.xapi.values import Ref
 
@@ -41,9 +42,9 @@ class VmDisk:
 
 @dataclass(frozen=True, slots=True)
 class ChosenVm:
-    """A VM that is backed up. ``backlog``: what its SRs still have to coalesce of its disks; empty when they are fit.
+    """A VM that is backed up. ``left_out``: disks with a VDI only, not CDs.
 
-    ``left_out``: disks with a VDI only, not CDs.
+    ``backlog``: what its SRs still have to coalesce of its disks. ``obstacles``: why it can not be snapshotted.
     """
 
     ref: Ref
@@ -51,7 +52,8 @@ class ChosenVm:
     name: str
     disks: Sequence[VmDisk]
     left_out: Sequence[LeftOut]
-    backlog: Sequence[str]
+    backlog: Backlog
+    obstacles: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)

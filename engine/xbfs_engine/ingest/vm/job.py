@@ -1,30 +1,25 @@
 """From names of VMs to restore points: the sweep, the choice, the run. What the command line calls.
 
-The sweep comes before the run has a ledger of its own, and is told which bases the repository's points name: so it
-knows for certain what a run that died around its commit has left.
+The sweep comes before the run has a ledger of its own, and asks which bases the repository's points name: so it knows
+for certain what a run that died around its commit has left.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import trio
-
-from xbfs_engine.core.limits import DISKS_PER_POINT_MAX
-from xbfs_engine.ingest.vm.base import base_of
+from xbfs_engine.ingest.vm.base import known_bases
 from xbfs_engine.ingest.vm.cycle import Origin
 from xbfs_engine.ingest.vm.patience import Patience
 from xbfs_engine.ingest.vm.places import Places
 from xbfs_engine.ingest.vm.run import VmRun, WantedVm
 from xbfs_engine.source.xapi.inventory import take_inventory
-from xbfs_engine.source.xapi.markers import slot_of
 from xbfs_engine.source.xapi.selection import select_vms
 from xbfs_engine.source.xapi.sweep import sweep
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from xbfs_engine.catalog.catalog import Catalog
     from xbfs_engine.core.runtime import RandomSource
     from xbfs_engine.ingest.vm.cycle import Target
     from xbfs_engine.ingest.vm.ports import Listener, Recorder
@@ -64,8 +59,7 @@ async def back_up_vms(
     """
     inventory = await take_inventory(pool.xapi)
     selection = select_vms(inventory, patterns)
-    await trio.to_thread.run_sync(target.catalog.refresh)
-    bases = known_bases(target.catalog, target.repository.id, inventory.pool_uuid, [vm.uuid for vm in selection.vms])
+    bases = known_bases(target.catalog, target.repository.id)
     swept = await sweep(pool.xapi, pool.ledgers, node=target.node, dry_run=False, bases=bases)
     async with pool.ledgers.begin(target.node) as ledger:
         origin = Origin(
@@ -82,18 +76,3 @@ async def back_up_vms(
             [WantedVm(vm.uuid, vm.name) for vm in selection.vms]
         )
     return JobReport(outcome, selection.skipped, swept)
-
-
-def known_bases(catalog: Catalog, repository_id: str, pool_uuid: str, wanted: Sequence[str]) -> dict[str, str]:
-    """By slot, the base that the newest point of each VM names on this pool; "" where a wanted VM's names none.
-
-    Slots of VMs that are neither wanted nor have points are not among them: nothing is known of those.
-    """
-    bases = {slot_of(repository_id, vm, disk): "" for vm in wanted for disk in range(DISKS_PER_POINT_MAX)}
-    # By time: the newest point of a VM comes last.
-    for point in catalog.points():
-        xen = base_of(point.vm)
-        for disk in point.disks:
-            uuid = xen.snapshots.get(disk.number, "") if xen and xen.pool_uuid == pool_uuid else ""
-            bases[slot_of(repository_id, point.vm_uuid, disk.number)] = uuid
-    return bases

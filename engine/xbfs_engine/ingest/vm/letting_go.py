@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from xbfs_engine.core.errors import XbfsError
 from xbfs_engine.core.log import Logger
-from xbfs_engine.ingest.vm.vdis import destroy_data, destroy_vdi, destroy_vm
+from xbfs_engine.source.xapi.removal import destroy_data, destroy_vdi, destroy_vm
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Mapping, Sequence

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from xbfs_engine.core.errors import XapiFailure
 from xbfs_engine.core.log import Logger
-from xbfs_engine.ingest.vm.vdis import destroy_vdi
 from xbfs_engine.source.xapi.failures import Handling, handling_of
 from xbfs_engine.source.xapi.fields import Fields
 from xbfs_engine.source.xapi.markers import marker_of
+from xbfs_engine.source.xapi.removal import destroy_vdi
 
 if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet

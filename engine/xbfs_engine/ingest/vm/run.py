@@ -1,7 +1,7 @@
 """Several VMs of one pool in one run: one sweep before, then a cycle each, two at a time, the failures at the end.
 
-What is wrong with a VM or its pool fails that VM; what is wrong with the repository ends the run. Waits for chains that
-an SR still coalesces, as long as it is told to.
+What is wrong with a VM or its pool fails that VM; what is wrong with the repository ends the run. Waits while an SR
+coalesces what it has of a VM's chains (``source.xapi.fitness`` has the rule).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from xbfs_engine.ingest.vm.ports import Listener
 
 COALESCE_WAIT_S: Final = 300.0
-"""How long a VM whose chains are being coalesced is waited for; an SR's garbage collector starts after some minutes."""
+"""How long a VM's backlog may stay as it is while it is waited for; an SR's garbage collector starts after minutes."""
 
 _LOOK_AGAIN_S: Final = 15.0
 _OF_THE_VM: Final = (SourceError, PoolError, NoBasePoint)
@@ -43,7 +43,7 @@ class WantedVm(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RunWishes:
-    """``exclude``: numbers of disks not wanted, of every VM. ``coalesce_wait_s``: patience with unfit chains."""
+    """``exclude``: numbers of disks not wanted, of every VM. ``coalesce_wait_s``: patience with SRs that do nothing."""
 
     cycle: Wishes
     exclude: Collection[int] = ()
@@ -96,21 +96,30 @@ class VmRun:
             self._origin.places.end_turn()
 
     async def _fit(self, vm: WantedVm) -> ChosenVm:
-        """The VM as it is now, as soon as its chains can take a snapshot. Raises VmNotReady, ObjectNotFound."""
-        give_up_at = trio.current_time() + self._wishes.coalesce_wait_s
+        """The VM as it is now, as soon as it can be snapshotted. Raises VmNotReady, ObjectNotFound."""
+        least: int | None = None
+        give_up_at = 0.0
         while True:
             inventory = await take_inventory(self._origin.xapi)
             found = inventory.vm_by_uuid(vm.uuid)
             if found is None:
                 raise ObjectNotFound(f"VM {vm.name!r} is no longer on the pool")
             chosen = choose(inventory, found, self._wishes.exclude)
-            if not chosen.backlog:
-                return chosen
-            told = "; ".join(chosen.backlog)
+            backlog = chosen.backlog
+            if not backlog.vhds:
+                break
+            if least is None or backlog.vhds < least:
+                least, give_up_at = backlog.vhds, trio.current_time() + self._wishes.coalesce_wait_s
             if trio.current_time() + _LOOK_AGAIN_S > give_up_at:
                 raise VmNotReady(
-                    f"{vm.name!r}: its SR has not coalesced old snapshots yet ({told})",
+                    f"{vm.name!r}: its SR does not coalesce old snapshots ({backlog.told})",
                     hint="run it again later; if it stays so, look at the SR's garbage collector (/var/log/SMlog)",
                 )
-            self._listener.step(vm.name, f"waiting for the SR: {told}")
+            self._listener.step(vm.name, f"waiting for the SR: {backlog.told}")
             await trio.sleep(_LOOK_AGAIN_S)
+        if chosen.obstacles:
+            raise VmNotReady(
+                f"{vm.name!r} can not be snapshotted: {'; '.join(chosen.obstacles)}",
+                hint="delete snapshots of the VM and let the SR coalesce them, or free space on the SR",
+            )
+        return chosen

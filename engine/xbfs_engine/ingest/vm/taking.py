@@ -5,14 +5,15 @@ The snapshot's name is unique and was recorded before: so it is found again when
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from xbfs_engine.core.errors import PoolError, VmNotReady, XapiFailure
 from xbfs_engine.ingest.vm.disks import Needless, Snapshot, TakenDisk
-from xbfs_engine.ingest.vm.vdis import destroy_vdi, destroy_vm
 from xbfs_engine.source.xapi.fields import Fields
 from xbfs_engine.source.xapi.ledger import Kind
 from xbfs_engine.source.xapi.markers import snapshot_name
+from xbfs_engine.source.xapi.removal import destroy_vdi, destroy_vm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,19 +30,24 @@ _OTHER_FORM: Final = "MESSAGE_PARAMETER_COUNT_MISMATCH"
 
 _TAKEN: Final = "MAP_DUPLICATE_KEY"
 
+_STATE_CHANGED: Final = "VM_BAD_POWER_STATE"
+"""A VM can be snapshotted in every state that lasts: it was just being started or stopped."""
+
+_SCAN_HELPS: Final = frozenset({f"SR_BACKEND_FAILURE_{number}" for number in (40, 46, 47, 65)})
+"""What SM says of disks and SRs that it does not see at the moment."""
+
+_SCAN_S: Final = 600.0
+
 
 class SnapshotTaker:
     """Takes and discards the snapshot of one VM."""
 
-    def __init__(
-        self, xapi: Xapi, patience: Patience, ledger: RunLedger, vm: ChosenVm, bases: Bases, *, keep_data: bool
-    ) -> None:
+    def __init__(self, xapi: Xapi, patience: Patience, ledger: RunLedger, vm: ChosenVm, bases: Bases) -> None:
         self._xapi = xapi
         self._patience = patience
         self._ledger = ledger
         self._vm = vm
         self._bases = bases
-        self._keep_data = keep_data
         self._item: Item | None = None
         self._vdi_items: dict[Ref, Item] = {}
 
@@ -113,11 +119,27 @@ class SnapshotTaker:
         return await self._call_snapshot(name)
 
     async def _call_snapshot(self, name: str, *ignored: XapiValue) -> Ref:
-        return await self._patience.get(
-            lambda: self._xapi.run_task("VM.snapshot", self._vm.ref, name, *ignored, timeout_s=_SNAPSHOT_TIMEOUT_S),
-            "VM.snapshot",
-            repeatable=False,
-        )
+        async def call() -> Ref:
+            method = "VM.snapshot"
+            return await self._xapi.run_task(method, self._vm.ref, name, *ignored, timeout_s=_SNAPSHOT_TIMEOUT_S)
+
+        async def attempt() -> Ref:
+            try:
+                return await call()
+            except XapiFailure as exc:
+                if exc.code == _STATE_CHANGED:
+                    return await call()
+                if exc.code in _SCAN_HELPS:
+                    await self._scan()
+                raise
+
+        return await self._patience.get(attempt, "VM.snapshot", repeatable=False)
+
+    async def _scan(self) -> None:
+        """Have SM look at the disks again; what is wrong with that shows at the next try."""
+        for sr in sorted({disk.sr_ref for disk in self._vm.disks}):
+            with suppress(XapiFailure):
+                await self._xapi.call("SR.scan", sr, timeout_s=_SCAN_S)
 
     async def _taken(self, disk: VmDisk, ref: Ref, untracked: str | None) -> TakenDisk:
         record = await self._get("VDI.get_record", ref)
@@ -127,31 +149,28 @@ class SnapshotTaker:
         if untracked is None and fields.reference("snapshot_of") != disk.vdi_ref:
             untracked = "the snapshot is not of the disk that the VM has now"
         uuid = fields.text("uuid")
-        slot = self._bases.slot(disk.number) if untracked is None else None
+        slot = self._bases.slot(disk.number) if untracked is None else ""
         item = await self._found(ref, uuid, slot)
         return TakenDisk(disk, ref, uuid, item, fields.integer("virtual_size"), untracked)
 
     async def _taken_along(self, ref: Ref) -> Needless:
         """A VDI of a disk that is not backed up, which an old pool can not leave out."""
         uuid = str(await self._get("VDI.get_uuid", ref))
-        return Needless(ref, await self._found(ref, uuid, None))
+        return Needless(ref, await self._found(ref, uuid, ""))
 
-    async def _found(self, ref: Ref, uuid: str, slot: str | None) -> Item:
+    async def _found(self, ref: Ref, uuid: str, slot: str) -> Item:
         """Record and mark a VDI that came with the snapshot VM, whose name told of it until now.
 
-        ``slot``: it may become the base of the next delta, and is kept from here on: nobody can tell the moment of
-        the commit. If the run dies before, the sweep of the next one learns from the repository that it is none.
+        ``slot``: of the delta whose base it may become; the ledger hears of that when the point is committed.
         """
         item = await self._ledger.intend(Kind.VDI, vm_uuid=self._vm.uuid, uuid=uuid)
-        if slot is not None:
-            item = await self._ledger.keep(item, slot, with_data=self._keep_data)
         self._vdi_items[ref] = item
-        await self._mark("VDI", ref, uuid, item)
+        await self._mark("VDI", ref, uuid, item, slot)
         return item
 
-    async def _mark(self, cls: str, ref: Ref, uuid: str, item: Item) -> None:
+    async def _mark(self, cls: str, ref: Ref, uuid: str, item: Item, slot: str = "") -> None:
         """Put our marker on, in place of what the snapshot may have copied."""
-        for key, value in self._ledger.marker(item, uuid=uuid).to_other_config().items():
+        for key, value in self._ledger.marker(item, uuid=uuid, slot=slot).to_other_config().items():
             await self._set(f"{cls}.remove_from_other_config", ref, key)
             await self._set(f"{cls}.add_to_other_config", ref, key, value)
 

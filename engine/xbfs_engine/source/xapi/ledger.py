@@ -30,7 +30,7 @@ from xbfs_engine.storage.files import make_directories, remove, storage_error, w
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
-    from xbfs_engine.core.runtime import Runtime
+    from xbfs_engine.core.runtime import RandomSource, Runtime
 
 __all__ = ["Item", "Keep", "Kind", "Ledgers", "RunLedger", "RunState", "state_directory"]
 
@@ -96,6 +96,11 @@ class Ledgers:
     def now_ns(self) -> int:
         """The time by the clock that the ledgers' times are of."""
         return self._runtime.clock.now_ns()
+
+    @property
+    def random(self) -> RandomSource:
+        """Where the ids of runs come from."""
+        return self._runtime.random
 
     async def runs(self) -> list[RunState]:
         """All runs that have a ledger; those this process began or claimed are live too. Raises StorageError."""
@@ -197,10 +202,13 @@ class RunLedger:
         """The item as it is now."""
         return self._record.items[number]
 
-    def marker(self, item: Item, *, uuid: str = "") -> Marker:
-        """The marker for an item's object; ``uuid``: the object's own, once it is known."""
+    def marker(self, item: Item, *, uuid: str = "", slot: str = "") -> Marker:
+        """The marker for an item's object; ``uuid``: the object's own, once it is known.
+
+        ``slot``: whose base it is, or shall become (``keep``).
+        """
         made = datetime.fromtimestamp(self._runtime.clock.now_ns() // 1_000_000_000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        slot = item.keep.slot if item.keep else ""
+        slot = item.keep.slot if item.keep else slot
         return Marker(self.run, self.node, item.number, item.kind.value, item.vm_uuid, made, uuid, slot)
 
     async def intend(self, kind: Kind, *, vm_uuid: str = "", uuid: str = "", **about: str) -> Item:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 PREFIX: Final = "xbfs:"
 RUN_KEY: Final = "xbfs:run"
@@ -101,6 +101,11 @@ def is_run(text: str) -> bool:
 def slot_of(repository_id: str, vm_uuid: str, disk: int) -> str:
     """What a base is the base of: the next delta of this disk in this repository."""
     return f"{repository_id}/{vm_uuid}/{disk}"
+
+
+def slots_of(repository_id: str, slots: Iterable[str]) -> list[str]:
+    """Those of ``slots`` that are of this repository."""
+    return [slot for slot in slots if slot.startswith(f"{repository_id}/")]
 
 
 def snapshot_name(run: str, item: int, vm_name: str) -> str:

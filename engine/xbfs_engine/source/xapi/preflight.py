@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xbfs_engine.core.errors import LoginRefused, XapiFailure
 from xbfs_engine.core.limits import GIB
-from xbfs_engine.source.xapi.inventory import CHAIN_MAX, Nbd, take_inventory
+from xbfs_engine.source.xapi.fitness import CHAIN_LONG, CHAIN_REFUSED, backlog_of, obstacles
+from xbfs_engine.source.xapi.inventory import Nbd, take_inventory
 from xbfs_engine.source.xapi.members import members
 from xbfs_engine.source.xapi.selection import disks_of, is_backed_up
 from xbfs_engine.source.xapi.sweep import sweep
@@ -26,12 +27,6 @@ if TYPE_CHECKING:
     from xbfs_engine.source.xapi.selection import Disk
     from xbfs_engine.source.xapi.session import Xapi
     from xbfs_engine.source.xapi.sweep import SweepReport
-
-CHAIN_LONG: Final = CHAIN_MAX - 5
-"""Ours: from here on a few snapshots more end the backups of a VM."""
-
-PENDING_MANY: Final = 2
-"""Ours: one VHD that waits is the normal state after a snapshot went; with two the SR lags behind."""
 
 FREE_SHARE_MIN: Final = 0.05
 """Ours: of a thin SR; guests that write during a backup need room beside the snapshot."""
@@ -186,11 +181,7 @@ def _sr(inventory: Inventory, sr: Sr, vms: int) -> Iterator[Finding]:
         yield Finding(Severity.WARNING, "sr", sr.name, fact, "free space on the SR")
     pending = inventory.pending(sr)
     if pending:
-        fact = f"{len(pending)} VHDs wait to be coalesced"
-        fix = (
-            "" if len(pending) < vms + PENDING_MANY else "see /var/log/SMlog for SMGC, and that gc is not switched off"
-        )
-        yield Finding(Severity.NOTE, "chain", sr.name, fact, fix)
+        yield Finding(Severity.NOTE, "chain", sr.name, f"VHDs that wait to be coalesced: {len(pending)}")
     if sr.other_config.get("gc") == "false":
         fact = "its garbage collector is switched off: chains only grow"
         fix = f"xe sr-param-remove param-name=other-config param-key=gc uuid={sr.uuid}"
@@ -211,35 +202,25 @@ def _vms(inventory: Inventory) -> Iterator[Finding]:
             fix = f"xe vm-param-remove param-name=blocked-operations param-key=snapshot uuid={vm.uuid}"
             fact = f"its snapshots are blocked: {vm.blocked_operations['snapshot'][:200]}"
             yield Finding(Severity.WARNING, "vm", vm.name, fact, fix)
-        yield from _space(inventory, vm, wanted)
-        for disk in wanted:
-            yield from _chain(inventory, vm, disk)
+        yield from _fitness(inventory, vm, wanted)
 
 
-def _space(inventory: Inventory, vm: Vm, disks: list[Disk]) -> Iterator[Finding]:
-    """A snapshot on a thick SR takes the full size of each disk once more while the VM runs (SM, LVHD)."""
-    needed: dict[str, int] = defaultdict(int)
-    for disk in disks:
-        if disk.vdi is not None:
-            needed[disk.vdi.sr] += disk.vdi.size_bytes
-    for ref, size in needed.items():
-        sr = inventory.srs.get(ref)
-        if sr is not None and sr.thick and size > sr.size_bytes - sr.used_bytes:
-            fact = f"a snapshot needs {_gib(size)} on SR {sr.name}, free are {_gib(sr.size_bytes - sr.used_bytes)}"
-            yield Finding(Severity.WARNING, "vm", vm.name, fact, "free space on the SR, or back the VM up when halted")
-
-
-def _chain(inventory: Inventory, vm: Vm, disk: Disk) -> Iterator[Finding]:
-    if disk.vdi is None:
-        return
-    chain = inventory.chain(disk.vdi)
-    which = f"disk {disk.vbd.position}"
-    if chain.depth >= CHAIN_LONG:
-        fact = f"{which} is a chain of {chain.depth} VHDs; beyond {CHAIN_MAX} it can not be snapshotted"
-        yield Finding(Severity.WARNING, "chain", vm.name, fact, "delete snapshots of the VM and let the SR coalesce")
-    elif len(chain.pending) >= PENDING_MANY:
-        fact = f"{which}: {len(chain.pending)} VHDs wait to be coalesced"
-        yield Finding(Severity.WARNING, "chain", vm.name, fact, "wait, or see /var/log/SMlog for SMGC")
+def _fitness(inventory: Inventory, vm: Vm, disks: list[Disk]) -> Iterator[Finding]:
+    """What a run would say of the VM (``fitness``), and what it would soon say."""
+    vdis = [(f"disk {disk.vbd.position}", disk.vdi) for disk in disks if disk.vdi is not None]
+    for fact in obstacles(inventory, vdis):
+        fix = "delete snapshots of the VM and let the SR coalesce, or free space on the SR"
+        yield Finding(Severity.WARNING, "vm", vm.name, fact, fix)
+    backlog = backlog_of(inventory, vdis)
+    if backlog.vhds:
+        fact = f"{backlog.told}; runs wait while their number falls"
+        yield Finding(Severity.NOTE, "chain", vm.name, fact, "if it does not: see /var/log/SMlog for SMGC")
+    for name, vdi in vdis:
+        depth = inventory.chain(vdi).depth
+        if CHAIN_LONG <= depth < CHAIN_REFUSED:
+            fact = f"{name} is a chain of {depth} VHDs; from {CHAIN_REFUSED} on it is not snapshotted"
+            fix = "delete snapshots of the VM and let the SR coalesce"
+            yield Finding(Severity.WARNING, "chain", vm.name, fact, fix)
 
 
 def _dom0(inventory: Inventory, report: SweepReport) -> Iterator[Finding]:

@@ -9,33 +9,43 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
-
-import trio
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from xbfs_engine.core.errors import CertificateRejected, PoolError, PoolUnreachable, XapiFailure
 from xbfs_engine.core.log import Logger
 from xbfs_engine.source.xapi.failures import Handling, handling_of
 from xbfs_engine.source.xapi.inventory import take_inventory
 from xbfs_engine.source.xapi.ledger import Kind
+from xbfs_engine.source.xapi.patience import Patience
+from xbfs_engine.source.xapi.removal import destroy_data, destroy_vdi, destroy_vm, gone_is_fine
 from xbfs_engine.source.xapi.sweep_plan import Deed, Kept, Note, Plan, Step, make_plan
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
     from xbfs_engine.source.xapi.inventory import Inventory
     from xbfs_engine.source.xapi.ledger import Ledgers, RunLedger
-    from xbfs_engine.source.xapi.session import Ref, Xapi
+    from xbfs_engine.source.xapi.session import Xapi
+    from xbfs_engine.source.xapi.values import Ref
 
-__all__ = ["Deed", "Failed", "Kept", "Note", "Step", "SweepReport", "sweep"]
+__all__ = ["Deed", "Failed", "Kept", "KnownBases", "Note", "Step", "SweepReport", "sweep"]
 
-BUSY_TRIES: Final = 10
-BUSY_PAUSE_S: Final = 5.0
-"""Hosts let go of disks seconds after their readers left; as long as other clients needed (Xen Orchestra, 7826)."""
-
-_DESTROY_S: Final = 600.0
+BUSY_S: Final = 50.0
+"""How long a sweep waits for one busy object: there will be another sweep."""
 
 _log = Logger("xapi.sweep")
+
+
+class KnownBases(Protocol):
+    """Knows which bases of deltas the restore points of a repository need."""
+
+    async def __call__(self, pool_uuid: str, slots: AbstractSet[str]) -> Mapping[str, str]:
+        """By slot (``markers.slot_of``), the uuid of the VDI on this pool that the newest restore point names as the
+        base of the next one, or "" if it names none. At least those of ``slots`` that are of the repository; slots of
+        others are missing. Raises StorageError.
+        """
+        ...
 
 
 class Failed(NamedTuple):
@@ -63,13 +73,13 @@ async def sweep(
     *,
     node: str,
     dry_run: bool,
-    bases: Mapping[str, str] | None = None,
+    bases: KnownBases | None = None,
     inventory: Inventory | None = None,
 ) -> SweepReport:
     """Remove the leftovers of dead runs of ``node``; with ``dry_run`` only say what they are.
 
-    ``bases``: by slot (``markers.slot_of``), the uuid of the VDI that the newest restore point names as the base of
-    the next one, or "": with it a base whose run died between commit and note is known for good or for waste.
+    ``bases``: asked when the dead runs are known, for a run may have committed its point at the last moment. Without
+    it both the newest base whose point is known to be durable and all newer ones stay.
     ``inventory``: for a dry run, where one was just taken.
     Raises PoolUnreachable, CertificateRejected, StorageError; what the pool refuses is in the report.
     """
@@ -80,20 +90,21 @@ async def sweep(
         tasks = await xapi.records("task")
         # After the tasks: whoever made one of them and is at work is seen to be live.
         live = frozenset(state.record.run for state in await ledgers.runs() if state.live) - dead.keys()
+        slots = {item.keep.slot for ledger in dead.values() for item in ledger.items if item.keep is not None}
         plan = make_plan(
             inventory,
             dead={run: ledger.items for run, ledger in dead.items()},
             live=live,
             node=node,
             now_ns=ledgers.now_ns(),
-            bases=bases or {},
+            bases=await bases(inventory.pool_uuid, slots) if bases is not None else {},
         )
         # Tasks do not tell their run, so they are waste only when none can be at work.
         steps = [*([] if live or plan.strangers else _tasks(xapi, tasks)), *plan.steps]
         failed: list[Failed] = []
         if not dry_run:
             await _adopt(plan, dead)
-            failed = await _carry_out(xapi, steps)
+            failed = await _carry_out(xapi, Patience(ledgers.random, limit_s=BUSY_S), steps)
             await _note(plan, dead, failed)
     done = tuple(step for step in steps if all(step is not failure.step for failure in failed))
     return SweepReport(dry_run, done, tuple(failed), tuple(plan.kept), tuple(plan.notes))
@@ -134,11 +145,11 @@ async def _note(plan: Plan, dead: Mapping[str, RunLedger], failed: Sequence[Fail
         await dead[run].gone(dead[run].item(number))
 
 
-async def _carry_out(xapi: Xapi, steps: Sequence[Step]) -> list[Failed]:
+async def _carry_out(xapi: Xapi, patience: Patience, steps: Sequence[Step]) -> list[Failed]:
     failed = []
     for step in steps:
         try:
-            await _DEEDS[step.deed](xapi, step)
+            await _DEEDS[step.deed](xapi, patience, step)
         except (PoolUnreachable, CertificateRejected):
             raise
         except PoolError as exc:
@@ -149,37 +160,26 @@ async def _carry_out(xapi: Xapi, steps: Sequence[Step]) -> list[Failed]:
     return failed
 
 
-async def _end_task(xapi: Xapi, step: Step) -> None:
+async def _end_task(xapi: Xapi, patience: Patience, step: Step) -> None:
     with _gone_is_fine():
         if await xapi.call("task.get_status", step.ref) == "pending":
-            await _insist(xapi, "task.cancel", step.ref)
-        await _insist(xapi, "task.destroy", step.ref)
+            await gone_is_fine(xapi, patience, "task.cancel", step.ref)
+        await gone_is_fine(xapi, patience, "task.destroy", step.ref)
 
 
-async def _destroy_vm(xapi: Xapi, step: Step) -> None:
-    await _insist(xapi, "VM.destroy", step.ref)
+async def _destroy_vm(xapi: Xapi, patience: Patience, step: Step) -> None:
+    await destroy_vm(xapi, patience, step.ref)
 
 
-async def _destroy_data(xapi: Xapi, step: Step) -> None:
-    await _insist(xapi, "VDI.data_destroy", step.ref, first=_detach)
+async def _destroy_data(xapi: Xapi, patience: Patience, step: Step) -> None:
+    await destroy_data(xapi, patience, step.ref, abandoned=True)
 
 
-async def _destroy_vdi(xapi: Xapi, step: Step) -> None:
-    await _insist(xapi, "VDI.destroy", step.ref, first=_detach)
+async def _destroy_vdi(xapi: Xapi, patience: Patience, step: Step) -> None:
+    await destroy_vdi(xapi, patience, step.ref, abandoned=True)
 
 
-async def _detach(xapi: Xapi, vdi: Ref) -> None:
-    """Take a disk from the control domains that hold it for NBD clients (xen-api, xapi-nbd)."""
-    vbds = await xapi.call("VDI.get_VBDs", vdi)
-    for vbd in vbds if isinstance(vbds, list) else []:
-        with _gone_is_fine():
-            if await xapi.call("VM.get_is_control_domain", await xapi.call("VBD.get_VM", vbd)) is True:
-                if await xapi.call("VBD.get_currently_attached", vbd) is True:
-                    await xapi.call("VBD.unplug_force", vbd, timeout_s=_DESTROY_S)
-                await xapi.call("VBD.destroy", vbd)
-
-
-async def _reset(xapi: Xapi, step: Step) -> None:
+async def _reset(xapi: Xapi, _: Patience, step: Step) -> None:
     assert step.owner is not None
     before = step.owner.item.about.get("before", "")
     with _gone_is_fine():
@@ -188,22 +188,22 @@ async def _reset(xapi: Xapi, step: Step) -> None:
             await xapi.call("SR.add_to_other_config", step.ref, step.detail, before)
 
 
-async def _forget_sr(xapi: Xapi, step: Step) -> None:
+async def _forget_sr(xapi: Xapi, patience: Patience, step: Step) -> None:
     """Never SR.destroy: that would take the data."""
     with _gone_is_fine():
         pbds = await xapi.call("SR.get_PBDs", step.ref)
         for pbd in pbds if isinstance(pbds, list) else []:
-            await _insist(xapi, "PBD.unplug", str(pbd))
-            await _insist(xapi, "PBD.destroy", str(pbd))
-        await _insist(xapi, "SR.forget", step.ref)
+            await gone_is_fine(xapi, patience, "PBD.unplug", str(pbd))
+            await gone_is_fine(xapi, patience, "PBD.destroy", str(pbd))
+        await gone_is_fine(xapi, patience, "SR.forget", step.ref)
 
 
-async def _unblock(xapi: Xapi, step: Step) -> None:
+async def _unblock(xapi: Xapi, _: Patience, step: Step) -> None:
     with _gone_is_fine():
         await xapi.call("VM.remove_from_blocked_operations", step.ref, step.detail)
 
 
-_DEEDS: Final[Mapping[Deed, Callable[[Xapi, Step], Awaitable[None]]]] = {
+_DEEDS: Final[Mapping[Deed, Callable[[Xapi, Patience, Step], Awaitable[None]]]] = {
     Deed.END_TASK: _end_task,
     Deed.DESTROY_VM: _destroy_vm,
     Deed.DESTROY_DATA: _destroy_data,
@@ -212,24 +212,6 @@ _DEEDS: Final[Mapping[Deed, Callable[[Xapi, Step], Awaitable[None]]]] = {
     Deed.FORGET_SR: _forget_sr,
     Deed.UNBLOCK: _unblock,
 }
-
-
-async def _insist(
-    xapi: Xapi, method: str, ref: Ref, *, first: Callable[[Xapi, Ref], Awaitable[None]] | None = None
-) -> None:
-    """Call ``method`` until the object is no longer busy, each time after ``first``; one that has gone is fine."""
-    for tries in range(1, BUSY_TRIES + 1):
-        try:
-            with _gone_is_fine():
-                if first is not None:
-                    await first(xapi, ref)
-                await xapi.call(method, ref, timeout_s=_DESTROY_S)
-        except XapiFailure as exc:
-            if handling_of(exc) is not Handling.BUSY or tries == BUSY_TRIES:
-                raise
-        else:
-            return
-        await trio.sleep(BUSY_PAUSE_S)
 
 
 @contextmanager
