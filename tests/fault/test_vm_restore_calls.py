@@ -6,6 +6,7 @@ ever from then on, as when a host dies. What the failed restore could not take b
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +16,7 @@ from tests.support.engine import pattern
 from tests.support.restore_lab import RestoreLab, content, state_of
 from tests.support.xensim import MIB, XenSim, default_world, running_sim
 from xbfs_engine.core.errors import XbfsError
+from xbfs_engine.source.xapi.vm_record import RECORD_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,15 +35,17 @@ class Site:
         self.sim, self.lab = sim, lab
         sim.guest_write(sim.disks("db")[0], MIB, pattern(1, MIB))
         self.point: RestorePoint = trio.run(lab.back_up, sim, "db")
+        self.bare = replace(self.point, vm={RECORD_KEY: self.point.vm[RECORD_KEY]})
         self.before = state_of(sim)
 
-    def attempt(self, nth: int, effect: str, times: int) -> bool:
+    def attempt(self, nth: int, effect: str, times: int, way: str = "archive") -> bool:
         """Whether the fault struck; the pool is as before afterwards."""
+        point = self.point if way == "archive" else self.bare
         sim = self.sim
         fault = sim.fault("*", effect, nth=nth, times=times, code="INTERNAL_ERROR")
         uuid = None
         try:
-            uuid = trio.run(lambda: self.lab.restore(sim, self.point, name="copy")).made.uuid
+            uuid = trio.run(lambda: self.lab.restore(sim, point, name="copy")).made.uuid
         except XbfsError:
             if times == 1:
                 # At once; only tasks may wait for a sweep.
@@ -85,18 +89,20 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 EFFECTS = ["fail", "fail_after", "drop", "drop_after"]
+WAYS = ["archive", "records"]
 
 
 @pytest.mark.parametrize(("first", "effect"), list(enumerate(EFFECTS, 1)))
 def test_one_call_fails(site: Site, first: int, effect: str) -> None:
     # Some call of a restore does not exist: then all have been tried.
-    assert not all(site.attempt(nth, effect, 1) for nth in range(first, CALLS_MAX, STEP))
+    assert not all(site.attempt(nth, effect, 1, WAYS[first % 2]) for nth in range(first, CALLS_MAX, STEP))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("effect", EFFECTS)
-def test_any_call_fails(site: Site, effect: str) -> None:
-    assert not all(site.attempt(nth, effect, 1) for nth in range(1, CALLS_MAX))
+def test_any_call_fails(site: Site, effect: str, way: str) -> None:
+    assert not all(site.attempt(nth, effect, 1, way) for nth in range(1, CALLS_MAX))
 
 
 def test_a_host_that_dies_in_the_middle(site: Site) -> None:

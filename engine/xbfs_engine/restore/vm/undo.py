@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from xbfs_engine.core.errors import PoolError, PoolUnreachable, StorageError, XapiFailure
+from xbfs_engine.core.errors import PoolError, StorageError, XapiFailure
 from xbfs_engine.core.log import Logger
 from xbfs_engine.restore.vm.calls import patiently
 from xbfs_engine.source.xapi.failures import Handling, handling_of
@@ -33,8 +33,9 @@ _CLASSES: Final = {Kind.VM: "VM", Kind.VDI: "VDI"}
 
 async def undo(xapi: Xapi, ledger: RunLedger, *, why: BaseException) -> None:
     """Take back all that the run made, not to be cancelled; what stays is logged. Raises nothing of its own."""
-    # Only a host that answered has certainly made nothing that is not there now.
-    certain = isinstance(why, Exception) and not isinstance(why, PoolUnreachable)
+    # A host that did not answer, or not in time, may yet make what is not there now.
+    silent = isinstance(why, PoolError) and handling_of(why) is Handling.TRANSIENT
+    certain = isinstance(why, Exception) and not silent
     with trio.move_on_after(UNDO_S, shield=True) as scope:
         for kind in _CLASSES:
             await undo_kind(xapi, ledger, kind, certain=certain)
