@@ -18,6 +18,7 @@ from xbfs_engine.core.errors import (
     XapiFailure,
 )
 from xbfs_engine.core.limits import KIB, MIB
+from xbfs_engine.restore.rewind.guard import half_written
 from xbfs_engine.restore.rewind.report import Way
 from xbfs_engine.source.xapi.sweep import sweep
 
@@ -99,6 +100,18 @@ def test_a_disk_that_has_grown_keeps_its_size_and_ends_in_zeros(lab: RewindLab, 
     assert (report.disks[0].size_bytes, report.disks[0].point_size_bytes) == (2 * MIB, size)
     after = lab.backup(vm).point
     lab.check_point(after, {0: b"a" * size + bytes(2 * MIB - size)})
+
+
+@pytest.mark.parametrize("full_compare", [False, True])
+def test_what_lies_behind_the_end_of_the_point_in_its_last_chunk_is_seen(lab: RewindLab, *, full_compare: bool) -> None:
+    vm = lab.halted_vm()
+    vdi = lab.pool.disk(vm, 0, size_bytes=MIB + 512, content=b"a" * (MIB + 512))
+    first = lab.backup(vm).point
+    lab.pool.grow(vdi, 2 * MIB)
+    lab.pool.write(vdi, MIB + 1000, b"behind")
+    (disk,) = lab.rewind(vm, first, full_compare=full_compare).disks
+    assert disk.differing_bytes == BLOCK
+    assert bytes(lab.pool.content[vdi]) == b"a" * (MIB + 512) + bytes(MIB - 512)
 
 
 @pytest.mark.parametrize("doubt", ["no base", "other pool", "log gone", "list fails", "not tracked", "asked"])
@@ -304,6 +317,27 @@ def test_a_write_that_is_lost_is_found_and_the_vm_stays_blocked(lab: RewindLab) 
     assert bytes(lab.pool.content[vdi][:MIB]) == b"a" * MIB
     assert lab.pool.blocked(vm) == {}
     lab.check_point(lab.backup(vm).point, {0: bytes(lab.pool.content[vdi])})
+
+
+def test_a_second_rewind_that_fails_early_leaves_the_mark_of_the_first(lab: RewindLab) -> None:
+    vm = lab.halted_vm()
+    vdi = lab.pool.disk(vm, 0, content=b"a" * MIB)
+    first = lab.backup(vm).point
+    lab.pool.write(vdi, 0, b"b")
+    lab.pool.write(vdi, 8 * BLOCK, b"b")
+    lab.disks.loses_write_at = 1
+    with pytest.raises(IntegrityError):
+        lab.rewind(vm, first)
+    for method in ("VM.set_blocked_operations", "VM.get_power_state"):
+        for after in (False, True):
+            lab.pool.faults += [Fault(method, "INTERNAL_ERROR", after=after)]
+            with pytest.raises(XapiFailure, match="INTERNAL_ERROR"):
+                lab.rewind(vm, first)
+            blocked = lab.pool.blocked(vm)
+            assert set(blocked) == {"start", "start_on", "snapshot", "pool_migrate", "migrate_send"}
+            assert half_written(blocked) is not None
+    lab.rewind(vm, first)
+    assert lab.pool.blocked(vm) == {}
 
 
 def test_half_written_disks_can_be_given_up(lab: RewindLab) -> None:

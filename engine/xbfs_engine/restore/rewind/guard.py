@@ -21,7 +21,7 @@ from xbfs_engine.source.xapi.ledger import Kind
 from xbfs_engine.source.xapi.markers import block_reason
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping
     from collections.abc import Set as AbstractSet
 
     from xbfs_engine.restore.rewind.ports import Patience
@@ -143,8 +143,9 @@ class Guard:
 
     async def _take_off(self, is_wanted: Callable[[str], bool]) -> None:
         blocked = await blocked_operations(self._xapi, self._patience, self._vm)
-        for operation in in_order(operation for operation, reason in blocked.items() if is_wanted(reason)):
-            await remove_blocked(self._xapi, self._patience, self._vm, operation)
+        for operation, reason in blocked.items():
+            if is_wanted(reason):
+                await remove_blocked(self._xapi, self._patience, self._vm, operation)
         for item in self._items:
             await self._ledger.gone(item)
         self._items.clear()
@@ -195,14 +196,10 @@ async def abandon(xapi: Xapi, patience: Patience, *, vm_ref: Ref, live: Abstract
     left = half_written(blocked)
     if left is not None:
         check_dead(left, live)
-        for operation in in_order(operation for operation, reason in blocked.items() if _REASON.match(reason)):
-            await remove_blocked(xapi, patience, vm_ref, operation)
+        for operation, reason in blocked.items():
+            if _REASON.match(reason):
+                await remove_blocked(xapi, patience, vm_ref, operation)
     return left
-
-
-def in_order(operations: Iterable[str]) -> list[str]:
-    """The order to allow operations in: a start comes last, so whoever dies in between leaves it forbidden."""
-    return sorted(operations, key=lambda operation: operation.startswith("start"))
 
 
 def check_dead(left: HalfWritten, live: AbstractSet[str]) -> None:
