@@ -1,0 +1,96 @@
+"""The bridge to fs_explorer: how it gets its bytes, how it is kept to pure Python, and what becomes of its errors.
+
+Every call into the library goes through ``guarded``, every step of its iterators through ``steps``: outside of them it
+would look for compiled helpers, and its exceptions would be nobody's.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from fs_explorer.errors import CorruptDataError, MissingCodecError, NotAFileError, UnsupportedFormatError
+from fs_explorer.io import cancel
+from fs_explorer.io.cache import Cache
+from fs_explorer.io.parallel import Pool
+from fs_explorer.io.source import CachedRA, RandomAccess
+from fs_explorer.io.stats import Stats
+from fs_explorer.tree import Context
+
+from xbfs_engine.core.errors import XbfsError
+from xbfs_engine.guestfs.errors import GuestDamaged, GuestUnsupported, GuestWrongKind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from xbfs_engine.formats.source import BlockSource
+
+BACKEND: Final = "pure"
+
+_CACHE_BYTES: Final = 32 << 20
+_PIECE_BYTES_MAX: Final = 64 << 20
+"""Longest piece the library may ask for at once: no structure of a sound filesystem is longer."""
+
+_Item = TypeVar("_Item")
+
+
+class _Clipped(RandomAccess):
+    """The volume for the cache, which asks for whole blocks also where it ends."""
+
+    def __init__(self, source: BlockSource) -> None:
+        self._source = source
+        self.size = source.size_bytes
+
+    def read_at(self, off: int, n: int) -> bytes:
+        return self._source.read_at(off, min(n, self.size - off))
+
+
+class VolumeBytes(CachedRA):
+    """The volume for the library: it fills up short reads with zeros, so there are none."""
+
+    def __init__(self, source: BlockSource, cache: Cache) -> None:
+        super().__init__(_Clipped(source), cache)
+
+    def read_at(self, off: int, n: int) -> bytes:
+        """Exactly ``n`` bytes; CorruptDataError where the volume does not have them."""
+        if n <= 0:
+            return b""
+        if off < 0 or off + n > self.size:
+            raise CorruptDataError(f"bytes {off}+{n} are outside the volume of {self.size}")
+        if n > _PIECE_BYTES_MAX:
+            raise CorruptDataError(f"a structure of {n} bytes")
+        return super().read_at(off, n)
+
+
+def make_context() -> Context:
+    """What the library's readers share: a bounded cache, and no threads."""
+    stats = Stats()
+    return Context(cache=Cache(_CACHE_BYTES, stats), stats=stats, backend=BACKEND, pool=Pool(1))
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Runs library code: in pure Python, its errors turned into ours."""
+    try:
+        with cancel.scope(None, backend=BACKEND):
+            yield
+    except XbfsError:
+        raise
+    except (UnsupportedFormatError, MissingCodecError) as error:
+        raise GuestUnsupported(str(error)) from error
+    except NotAFileError as error:
+        raise GuestWrongKind(str(error)) from error
+    # Whatever else a parser trips over in a hostile image is damage: struct.error, IndexError, MemoryError …
+    except Exception as error:
+        raise GuestDamaged(str(error) or type(error).__name__) from error
+
+
+def steps(items: Iterator[_Item]) -> Iterator[_Item]:
+    """The same items, each made under ``guarded``."""
+    end = object()
+    while True:
+        with guarded():
+            item = next(items, end)
+        if item is end:
+            return
+        yield item  # type: ignore[misc]
