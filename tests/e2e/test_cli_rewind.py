@@ -127,6 +127,29 @@ def test_killed_while_it_writes(site: Site) -> None:
     assert site.leaks(1) == []
 
 
+def test_stopped_while_it_writes_and_given_up(site: Site) -> None:
+    (root,) = site.sim.disks("db")
+    site.sim.guest_write(root, 0, b"first" * 10000)
+    first = point_of(site.backup("db"))
+    site.sim.guest_write(root, 2 * MIB, b"second")
+    fault = site.sim.fault("PUT /import_raw_vdi", "hold")
+    command = [*COMMAND, "rewind", "db", "--pool", "lab", "--to", first]
+    environment = site.world.environment(**site._places())
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        site.sim.wait_fault(fault)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    site.sim.clear(fault)
+    assert process.returncode == 130
+    assert b"64.0 KiB of 4.0 MiB to write" in out
+    assert b"half-written" in err
+    assert b"nothing half-done" not in err
+    code, document = rewind(site, "db", "--abandon")
+    assert code == 0, document
+    assert document["abandoned"]["point"] == first[:16]
+    assert site.sim.vm("db")["blocked_operations"] == {}
+
+
 def test_nothing_to_abandon(site: Site) -> None:
     code, document = rewind(site, "db", "--abandon")
     assert (code, document["abandoned"]) == (0, None)

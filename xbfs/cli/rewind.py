@@ -15,7 +15,7 @@ from xbfs.cli.context import catalog_of, index_of, point_of, repository_of
 from xbfs.cli.points import ID_DIGITS
 from xbfs.cli.pool import configured
 from xbfs.cli.progress import ProgressLine
-from xbfs_engine.core.errors import UsageError, VmNotReady
+from xbfs_engine.core.errors import Cancelled, UsageError, VmNotReady
 from xbfs_engine.core.runtime import system_runtime
 from xbfs_engine.ingest.vm import job as backup_job
 from xbfs_engine.ingest.vm.base import base_of
@@ -66,6 +66,8 @@ def rewind(arguments: argparse.Namespace, output: Output) -> None:
     with ProgressLine(output, repository.runtime.clock) as progress:
         listener = _Listener(output, progress)
 
+        begun: list[Rewind] = []
+
         async def work() -> RewindReport:
             async with open_pool(config, secrets, runtime) as pool:
                 side = _side(pool, Ledgers.of_pool(config.name, os.environ, runtime))
@@ -79,9 +81,15 @@ def rewind(arguments: argparse.Namespace, output: Output) -> None:
                     full_compare=arguments.full_compare,
                     stop_timeout_s=arguments.stop_timeout,
                 )
-                return await Rewind(side, points, arguments.vm, point, wishes).run(listener)
+                begun.append(Rewind(side, points, arguments.vm, point, wishes))
+                return await begun[0].run(listener)
 
-        report = tasks.run(work)
+        try:
+            report = tasks.run(work)
+        except Cancelled as exc:
+            if begun and begun[0].half_written:
+                raise Cancelled("stopped by a signal while disks were written: they are half-written") from exc
+            raise
     _tell(report, output, dry_run=arguments.dry_run)
 
 

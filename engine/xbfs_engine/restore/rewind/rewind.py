@@ -107,6 +107,11 @@ class Rewind:
         self._safety: RestorePoint | None = None
         self._stopped = self._began = self._verified = False
 
+    @property
+    def half_written(self) -> bool:
+        """Whether disks may be neither as before nor as the point."""
+        return self._began and not self._verified
+
     async def run(self, listener: Listener) -> RewindReport:
         """Rewind, or with ``dry_run`` only say what that would write.
 
