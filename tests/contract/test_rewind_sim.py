@@ -15,10 +15,9 @@ from xbfs.cli.rewind import PoolDisks
 from xbfs_engine.core.errors import IntegrityError, VmNotReady, XapiFailure
 from xbfs_engine.core.runtime import Runtime, SystemClock, system_runtime
 from xbfs_engine.ingest.vm import job
-from xbfs_engine.ingest.vm.base import base_of
+from xbfs_engine.ingest.vm.base import base_of, known_bases
 from xbfs_engine.ingest.vm.cycle import Target
 from xbfs_engine.ingest.vm.cycle import Wishes as BackupWishes
-from xbfs_engine.ingest.vm.patience import Patience
 from xbfs_engine.ingest.vm.reading import PoolAccess
 from xbfs_engine.ingest.vm.record import PoolRecorder
 from xbfs_engine.ingest.vm.run import RunWishes
@@ -28,6 +27,7 @@ from xbfs_engine.restore.rewind.rewind import PointSide, PoolSide, Rewind, Wishe
 from xbfs_engine.source.nbd import HostBudget
 from xbfs_engine.source.xapi.config import Address, Credentials, PoolConfig
 from xbfs_engine.source.xapi.ledger import Ledgers
+from xbfs_engine.source.xapi.patience import Patience
 from xbfs_engine.source.xapi.session import Pool, open_pool
 
 if TYPE_CHECKING:
@@ -84,7 +84,9 @@ class Site:
     async def rewind(self, point: RestorePoint, *, safety: bool = False, **wishes: Any) -> RewindReport:
         disks = PoolDisks(self.pool)
         side = PoolSide(self.pool, disks, disks, self.ledgers, Patience(SeededRandom(5), limit_s=20), NODE)
-        points = PointSide(self.engine.repository, self.engine.catalog, self.engine.index, base_of)
+        engine = self.engine
+        bases = known_bases(engine.catalog, engine.repository.id)
+        points = PointSide(engine.repository, engine.catalog, engine.index, base_of, bases)
         chosen = Wishes(self.back_up if safety else None, **wishes)
         return await Rewind(side, points, self.name, point, chosen).run(self.told)
 

@@ -10,9 +10,9 @@ from tests.support.fake_pool import NULL, FakePool, _error
 from tests.support.vm_lab import NODE, Lab
 from tools.xensim.failures import Failure
 from xbfs_engine.core.errors import SourceUnreadable
-from xbfs_engine.ingest.vm.base import base_of
-from xbfs_engine.ingest.vm.patience import Patience
+from xbfs_engine.ingest.vm.base import base_of, known_bases
 from xbfs_engine.restore.rewind.rewind import PointSide, PoolSide, Rewind, Wishes, give_up
+from xbfs_engine.source.xapi.patience import Patience
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -199,7 +199,9 @@ class RewindLab(Lab):
         return PoolSide(self.pool, self.disks, self.disks, self.ledgers, Patience(self.runtime.random), node)
 
     def point_side(self) -> PointSide:
-        return PointSide(self.engine.repository, self.engine.catalog, self.engine.index, base_of)
+        engine = self.engine
+        bases = known_bases(engine.catalog, engine.repository.id)
+        return PointSide(engine.repository, engine.catalog, engine.index, base_of, bases)
 
     def state(self) -> dict[str, Any]:
         """Everything on the pool, for comparing."""

@@ -18,10 +18,9 @@ from xbfs.cli.progress import ProgressLine
 from xbfs_engine.core.errors import Cancelled, UsageError, VmNotReady
 from xbfs_engine.core.runtime import system_runtime
 from xbfs_engine.ingest.vm import job as backup_job
-from xbfs_engine.ingest.vm.base import base_of
+from xbfs_engine.ingest.vm.base import base_of, known_bases
 from xbfs_engine.ingest.vm.cycle import Target
 from xbfs_engine.ingest.vm.cycle import Wishes as BackupWishes
-from xbfs_engine.ingest.vm.patience import Patience
 from xbfs_engine.ingest.vm.reading import PoolAccess, Wanted
 from xbfs_engine.ingest.vm.record import PoolRecorder
 from xbfs_engine.ingest.vm.run import RunWishes
@@ -29,6 +28,7 @@ from xbfs_engine.restore.rewind.rewind import PointSide, PoolSide, Rewind, Wishe
 from xbfs_engine.source.nbd import HostBudget
 from xbfs_engine.source.xapi.http import import_raw
 from xbfs_engine.source.xapi.ledger import Ledgers
+from xbfs_engine.source.xapi.patience import Patience
 from xbfs_engine.source.xapi.session import open_pool
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def rewind(arguments: argparse.Namespace, output: Output) -> None:
     point = point_of(catalog, arguments.to)
     index = index_of(repository)
     target = Target(repository, catalog, index, os.uname().nodename, f"xbfs {__version__}")
-    points = PointSide(repository, catalog, index, base_of)
+    points = PointSide(repository, catalog, index, base_of, known_bases(catalog, repository.id))
     with ProgressLine(output, repository.runtime.clock) as progress:
         listener = _Listener(output, progress)
 

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from xbfs_engine.catalog.restore_point import DiskRecord, RestorePoint
     from xbfs_engine.restore.rewind.matching import MatchedDisk
-    from xbfs_engine.restore.rewind.ports import BaseOf, Patience
+    from xbfs_engine.restore.rewind.ports import BaseOf
     from xbfs_engine.source.base import Extent
+    from xbfs_engine.source.xapi.patience import Patience
     from xbfs_engine.source.xapi.session import Ref, Xapi, XapiValue
 
 _BASE_TYPES: Final = frozenset({"user", "system", "cbt_metadata"})

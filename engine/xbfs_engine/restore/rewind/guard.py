@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
     from collections.abc import Set as AbstractSet
 
-    from xbfs_engine.restore.rewind.ports import Patience
     from xbfs_engine.source.xapi.ledger import Item, RunLedger
+    from xbfs_engine.source.xapi.patience import Patience
     from xbfs_engine.source.xapi.session import Ref, Xapi
 
 STILL: Final = ("start", "start_on", "pool_migrate", "migrate_send")

@@ -1,9 +1,9 @@
-"""What a rewind needs of its surroundings: ways to a disk's bytes, patience with pools, somebody who listens."""
+"""What a rewind needs of its surroundings: ways to a disk's bytes, and somebody who listens."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 from xbfs_engine.catalog.restore_point import RestorePoint
 from xbfs_engine.codec.wire import Value
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from xbfs_engine.restore.rewind.report import DiskReport
     from xbfs_engine.source.base import DiskSource
     from xbfs_engine.source.xapi.values import Ref
-
-T = TypeVar("T")
 
 
 class Sink(Protocol):
@@ -57,14 +55,6 @@ class DiskWriter(Protocol):
 
     def fill(self, vdi_ref: Ref, size_bytes: int) -> AbstractAsyncContextManager[Sink]:
         """Write all of it, from the first byte to the last. Raises PoolError."""
-        ...
-
-
-class Patience(Protocol):
-    """Calls again what may succeed later."""
-
-    async def get(self, attempt: Callable[[], Awaitable[T]], what: str, *, repeatable: bool) -> T:
-        """The result of ``attempt``; ``repeatable``: it may be executed twice. Raises its PoolError."""
         ...
 
 

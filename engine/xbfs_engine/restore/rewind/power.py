@@ -8,8 +8,8 @@ from xbfs_engine.core.errors import VmNotReady, XapiFailure
 from xbfs_engine.source.xapi.failures import TASK_TIMEOUT
 
 if TYPE_CHECKING:
-    from xbfs_engine.restore.rewind.ports import Patience
     from xbfs_engine.source.xapi.inventory import Vm
+    from xbfs_engine.source.xapi.patience import Patience
     from xbfs_engine.source.xapi.session import Xapi
 
 HALTED: Final = "Halted"

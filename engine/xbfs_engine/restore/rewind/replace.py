@@ -15,14 +15,15 @@ from xbfs_engine.core.log import Logger
 from xbfs_engine.source.xapi.fields import Fields
 from xbfs_engine.source.xapi.ledger import Kind
 from xbfs_engine.source.xapi.markers import PREFIX
+from xbfs_engine.source.xapi.removal import destroy_vdi
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from xbfs_engine.restore.rewind.matching import MatchedDisk
-    from xbfs_engine.restore.rewind.ports import Patience
     from xbfs_engine.source.xapi.inventory import Vm
     from xbfs_engine.source.xapi.ledger import RunLedger
+    from xbfs_engine.source.xapi.patience import Patience
     from xbfs_engine.source.xapi.session import Ref, Xapi, XapiValue
 
 _CREATE_S: Final = 600.0
@@ -82,7 +83,7 @@ async def replaced(
         if new is not None:
             with trio.move_on_after(_CLEAN_UP_S, shield=True):
                 try:
-                    await xapi.call("VDI.destroy", new.ref, timeout_s=_CREATE_S)
+                    await destroy_vdi(xapi, patience, new.ref)
                     await ledger.gone(item)
                 except PoolError as exc:
                     _log.warning("a new disk is left for the sweep", vdi=new.uuid, error=exc.message)

@@ -39,10 +39,12 @@ if TYPE_CHECKING:
     from xbfs_engine.restore.rewind.guard import Guard
     from xbfs_engine.restore.rewind.marks import ChunkMarks
     from xbfs_engine.restore.rewind.matching import MatchedDisk
-    from xbfs_engine.restore.rewind.ports import BaseOf, DiskReader, DiskWriter, Listener, Patience, SafetyPoint
+    from xbfs_engine.restore.rewind.ports import BaseOf, DiskReader, DiskWriter, Listener, SafetyPoint
     from xbfs_engine.source.xapi.inventory import Inventory, Vm
     from xbfs_engine.source.xapi.ledger import Ledgers, RunLedger
+    from xbfs_engine.source.xapi.patience import Patience
     from xbfs_engine.source.xapi.session import Ref, Xapi
+    from xbfs_engine.source.xapi.sweep import KnownBases
     from xbfs_engine.store.reader import Locator
     from xbfs_engine.store.repository import Repository
 
@@ -63,12 +65,13 @@ class PoolSide:
 
 @dataclass(frozen=True, slots=True)
 class PointSide:
-    """The repository. ``base_of``: what a point remembers of its pool."""
+    """The repository. ``base_of``: what a point remembers of its pool; ``bases``: which bases a sweep must keep."""
 
     repository: Repository
     catalog: Catalog
     locator: Locator | None
     base_of: BaseOf
+    bases: KnownBases
 
 
 class Wishes(NamedTuple):
@@ -268,7 +271,8 @@ class Rewind:
 
     async def _sweep(self, listener: Listener) -> None:
         """What dead runs left may be in the way: their blocked operations, their hold on disks."""
-        swept = await sweep(self._pool.xapi, self._pool.ledgers, node=self._pool.node, dry_run=False)
+        pool = self._pool
+        swept = await sweep(pool.xapi, pool.ledgers, node=pool.node, dry_run=False, bases=self._points.bases)
         for failed in swept.failed:
             listener.warn(
                 f"a leftover stays: {failed.step.deed.value} {failed.step.uuid}: {failed.reason}", failed.hint

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     from xbfs_engine.core.errors import PoolError
     from xbfs_engine.restore.rewind.marks import ChunkMarks
-    from xbfs_engine.restore.rewind.ports import DiskWriter, Patience
+    from xbfs_engine.restore.rewind.ports import DiskWriter
     from xbfs_engine.restore.rewind.wanted import WantedDisk
+    from xbfs_engine.source.xapi.patience import Patience
     from xbfs_engine.source.xapi.values import Ref
 
 _BATCH_SIZE: Final = 2 * MIB
