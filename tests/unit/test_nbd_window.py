@@ -63,7 +63,7 @@ def test_any_order_of_events(pieces: list[Extent], seed: int) -> None:
             piece = (chance.randint(0, SIZE - KIB), 512)
             if piece not in pieces:
                 reading.append((piece, window.claim([piece])[0]))
-        elif what == "take":
+        elif what == "take" and not asleep:
             wakes = 0
             fetch = window.take(idle=True)
             asleep = fetch is None
@@ -83,7 +83,11 @@ def test_any_order_of_events(pieces: list[Extent], seed: int) -> None:
                 window.release(fetch)
         if asleep and wakes:
             asleep = False
-        assert not (asleep and window._queue), "work, and nobody was woken"
+        awaited = any(fetch in window._queue for _, fetch in reading)
+        queued_bytes = sum(len(fetch.buffer) for fetch in window._queue)
+        assert window._queue_bytes == queued_bytes
+        assert not (asleep and (awaited or queued_bytes >= RING // 4)), "work, and nobody was woken"
+        assert wakes <= 1, "one sleeper is woken once"
     assert window._ring is None or not pieces
 
 
@@ -105,6 +109,42 @@ def test_the_ring_holds_no_more_than_it_has() -> None:
     window.release(window.claim([(0, 64 * KIB)])[0])
     assert window.take(idle=False) is not None
     assert window.take(idle=False) is None
+
+
+def test_small_pieces_are_fetched_in_batches_but_nobody_waits_for_a_batch() -> None:
+    rung: list[None] = []
+    window = Window(SIZE, RING, lambda: rung.append(None))
+    pieces = [(offset, 64 * KIB) for offset in range(0, SIZE, 64 * KIB)]
+    window.announce(iter(pieces))
+    while (fetch := window.take(idle=True)) is not None:
+        window.arrived(fetch)
+    assert window.take(idle=True) is None
+    free = 0
+    for piece in pieces:
+        window.release(window.claim([piece])[0])
+        free += 64 * KIB
+        if rung:
+            break
+    assert free - 64 * KIB < RING // 4 <= free
+    assert rung == [None], "two sleep, and there is work for one"
+    rung.clear()
+    queued = [fetch for fetch in iter(lambda: window.take(idle=False), None)]
+    window.put_back(queued[-1:])
+    assert not rung
+    window.claim([pieces[pieces.index((queued[-1].start, 64 * KIB))]])
+    assert rung == [None]
+
+
+def test_a_failure_wakes_all_who_sleep() -> None:
+    rung: list[None] = []
+    window = Window(SIZE, RING, lambda: rung.append(None))
+    assert (window.take(idle=True), window.take(idle=True), window.take(idle=False)) == (None, None, None)
+    window.fail(TransferFailed("over"))
+    assert len(rung) == 2
+    assert window.take(idle=True) is None
+    assert window.failed
+    window.fail(TransferFailed("again"))
+    assert len(rung) == 2, "who comes later does not sleep"
 
 
 def test_a_failure_reaches_all_who_wait_and_all_who_come() -> None:

@@ -1,7 +1,8 @@
 """One NBD connection: handshake, several reads in flight, replies straight into the caller's memory.
 
-Belongs to one task at a time; several connections make a disk (``disk``). After any TransferFailed the connection is
-good for nothing but ``aclose``: a host hangs up after every error it reports, and after most that it does not.
+Made and closed by a task; belongs to it or to one thread at a time, and only ``stop`` is for others. Several
+connections make a disk (``disk``). After any TransferFailed the connection is good for nothing but ``aclose``: a host
+hangs up after every error it reports, and after most that it does not.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from xbfs_engine.source.nbd.stream import PlainStream
 from xbfs_engine.source.nbd.target import NbdTarget, Timeouts, check_wildcard, tls_context
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
 _GOODBYE_S = 1.0
 
@@ -55,7 +56,7 @@ class NbdConnection:
         with _typed(target, timeouts.connect_s), trio.fail_after(timeouts.connect_s):
             self = cls(target, await PlainStream.connect(target.host, target.port), timeouts)
             try:
-                await self._handshake(context)
+                await self._stream.drive(self._handshake(context))
             except BaseException:
                 self._stream.close()
                 raise
@@ -77,53 +78,61 @@ class NbdConnection:
         self._unsent += protocol.read_request(self._cookie, offset, len(view))
         return self._cookie
 
-    async def reply(self) -> int:
-        """Take the next reply into its memory; returns the cookie. Raises TransferFailed.
+    def reply(self) -> int:
+        """Take the next reply into its memory; returns the cookie. Blocks: for threads. Raises TransferFailed.
 
         Servers may answer in any order; hosts keep to that of the requests.
         """
-        assert self._pending
-        with _typed(self._target, self._timeouts.message_s), trio.fail_after(self._timeouts.message_s):
-            if self._unsent:
-                await self._stream.send(self._unsent)
-                self._unsent = bytearray()
-            await self._stream.fill(self._head)
-            error, cookie = protocol.reply(self._head)
-            pending, self._answered = self._pending.get(cookie), cookie
-            if pending is None:
-                raise TransferFailed("the NBD server answered what was not asked: the stream is out of step")
-            if error:
-                name = errno.errorcode.get(error, str(error))
-                raise TransferFailed(f"the NBD server can not read offset {pending.offset}: {name}")
-            await self._stream.fill(pending.view)
-        del self._pending[cookie]
-        return cookie
+        with _typed(self._target, self._timeouts.message_s):
+            return self._stream.drive_blocking(self._reply(), self._timeouts.message_s)
 
     async def read_into(self, offset: int, view: memoryview) -> None:
         """Read one piece of at most 4 MiB; nothing else may be in flight. Raises TransferFailed."""
         assert not self._pending
         self.ask(offset, view)
-        await self.reply()
+        with _typed(self._target, self._timeouts.message_s), trio.fail_after(self._timeouts.message_s):
+            await self._stream.drive(self._reply())
+
+    def stop(self) -> None:
+        """Let a thread that waits for a reply get TransferFailed at once."""
+        self._stream.stop_receiving()
 
     async def aclose(self) -> None:
         """Say good-bye, if that is possible at once, and hang up: so the host lets go of the disk sooner."""
         with trio.move_on_after(_GOODBYE_S, shield=True):
             try:
                 if not self._pending:
-                    await self._stream.send(protocol.disconnect_request())
+                    await self._stream.drive(self._stream.send(protocol.disconnect_request()))
             except (OSError, TransferFailed):
                 pass
             finally:
                 self._stream.close()
 
-    async def _handshake(self, context: ssl.SSLContext | None) -> None:
-        protocol.check_greeting(await self._take(protocol.GREETING_SIZE))
-        await self._stream.send(protocol.CLIENT_FLAGS)
+    def _reply(self) -> Generator[int, None, int]:
+        assert self._pending
+        if self._unsent:
+            yield from self._stream.send(self._unsent)
+            self._unsent = bytearray()
+        yield from self._stream.fill(self._head)
+        error, cookie = protocol.reply(self._head)
+        pending, self._answered = self._pending.get(cookie), cookie
+        if pending is None:
+            raise TransferFailed("the NBD server answered what was not asked: the stream is out of step")
+        if error:
+            name = errno.errorcode.get(error, str(error))
+            raise TransferFailed(f"the NBD server can not read offset {pending.offset}: {name}")
+        yield from self._stream.fill(pending.view)
+        del self._pending[cookie]
+        return cookie
+
+    def _handshake(self, context: ssl.SSLContext | None) -> Generator[int, None, None]:
+        protocol.check_greeting((yield from self._take(protocol.GREETING_SIZE)))
+        yield from self._stream.send(protocol.CLIENT_FLAGS)
         if context is not None:
-            await self._start_tls(context)
-        await self._stream.send(protocol.option(protocol.OPTION_EXPORT_NAME, self._target.export_name.encode()))
+            yield from self._start_tls(context)
+        yield from self._stream.send(protocol.option(protocol.OPTION_EXPORT_NAME, self._target.export_name.encode()))
         try:
-            answer = await self._take(protocol.EXPORT_SIZE)
+            answer = yield from self._take(protocol.EXPORT_SIZE)
         except (TransferFailed, OSError) as exc:
             # Whatever keeps a host from opening the disk, all it does is hang up.
             raise TransferFailed(
@@ -132,22 +141,23 @@ class NbdConnection:
             ) from exc
         self.size_bytes = protocol.export_size(answer)
 
-    async def _start_tls(self, context: ssl.SSLContext) -> None:
+    def _start_tls(self, context: ssl.SSLContext) -> Generator[int, None, None]:
         assert self._target.tls is not None
-        await self._stream.send(protocol.option(protocol.OPTION_STARTTLS))
-        answer = protocol.option_reply(await self._take(protocol.OPTION_REPLY_SIZE), protocol.OPTION_STARTTLS)
+        yield from self._stream.send(protocol.option(protocol.OPTION_STARTTLS))
+        answer = protocol.option_reply((yield from self._take(protocol.OPTION_REPLY_SIZE)), protocol.OPTION_STARTTLS)
         if answer.kind != protocol.REPLY_ACK or answer.text_bytes:
             # Never go on in plain: the export's name is a secret.
             raise TransferFailed(
                 "the NBD server refuses TLS", hint="give the network the purpose nbd, not insecure_nbd"
             )
-        stream = await self._stream.start_tls(context, self._target.tls.subject if context.check_hostname else None)
+        stream = self._stream.start_tls(context, self._target.tls.subject if context.check_hostname else None)
+        yield from stream.shake_hands()
         self._stream = stream
         check_wildcard(self._target.tls, stream.peer)
 
-    async def _take(self, size: int) -> bytes:
+    def _take(self, size: int) -> Generator[int, None, bytes]:
         data = bytearray(size)
-        await self._stream.fill(memoryview(data))
+        yield from self._stream.fill(memoryview(data))
         return bytes(data)
 
 

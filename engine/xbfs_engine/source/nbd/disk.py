@@ -1,12 +1,14 @@
 """A disk of a host as a source: connections that fetch ahead of the threads that read.
 
-``NbdDisk`` is called from worker threads; its connections are tasks of the event loop that ``open_nbd_disk`` runs in.
-The two meet in ``window.Window`` only: no task ever writes into a caller's buffer, so a thread may leave at any time.
+``NbdDisk`` is called from worker threads; each connection is made by a task of the event loop that ``open_nbd_disk``
+runs in, and then carries data in a thread of its own. The two meet in ``window.Window`` only: no connection ever writes
+into a caller's buffer, so a reader may leave at any time. The event loop moves no data.
 """
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+import threading
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +23,8 @@ from xbfs_engine.source.nbd.window import PIECE_SIZE, Window
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+
+    from outcome import Outcome
 
     from xbfs_engine.source.base import Extent
     from xbfs_engine.source.nbd.budget import HostBudget
@@ -116,22 +120,15 @@ async def open_nbd_disk(
     ``targets`` raises. Later failures are raised by reads.
     """
     assert connections > 0
-    idle = trio.lowlevel.ParkingLot()
-    token = trio.lowlevel.current_trio_token()
-
-    def wake() -> None:
-        # The event loop may have ended under threads that still hold the disk.
-        with suppress(trio.RunFinishedError):
-            token.run_sync_soon(idle.unpark_all)
-
-    window = Window(size_bytes, read_ahead_bytes, wake)
+    bell = threading.Semaphore(0)
+    window = Window(size_bytes, read_ahead_bytes, bell.release)
     patience_s = timeouts.tries * (timeouts.connect_s + timeouts.message_s) + sum(timeouts.pauses_s)
     disk = NbdDisk(size_bytes, extents, window, patience_s)
     crew = _Crew(connections)
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
         for _ in range(connections):
-            nursery.start_soon(_Member(targets, budget, timeouts, size_bytes, window, idle, crew).run)
+            nursery.start_soon(_Member(targets, budget, timeouts, size_bytes, window, bell, crew).run)
         try:
             await crew.settled.wait()
             window.check()
@@ -163,7 +160,7 @@ class _Member:
         timeouts: Timeouts,
         size_bytes: int,
         window: Window,
-        idle: trio.lowlevel.ParkingLot,
+        bell: threading.Semaphore,
         crew: _Crew,
     ) -> None:
         self._targets = targets
@@ -171,14 +168,14 @@ class _Member:
         self._timeouts = timeouts
         self._size = size_bytes
         self._window = window
-        self._idle = idle
+        self._bell = bell
         self._crew = crew
         self._seat = AsyncExitStack()
         self._owner: str | None = None
         self._failures = 0
 
     async def run(self) -> None:
-        """Connect and read; connect again when that breaks; end after too many failures in a row."""
+        """Connect and read until the window fails; connect again when that breaks, but not for ever."""
         reason: XbfsError = _closed()
         try:
             async with self._seat:
@@ -190,6 +187,8 @@ class _Member:
                         if self._failures >= len(self._timeouts.pauses_s) or not exc.retryable:
                             reason = exc
                             return
+                    else:
+                        return
                     await trio.sleep(self._timeouts.pauses_s[self._failures])
                     self._failures += 1
         finally:
@@ -209,7 +208,7 @@ class _Member:
         connection = await self._connect()
         try:
             self._crew.settled.set()
-            await self._transfer(connection)
+            await self._in_thread(connection)
         finally:
             await connection.aclose()
 
@@ -249,8 +248,23 @@ class _Member:
         await self._seat.enter_async_context(self._budget.token(owner))
         self._owner = owner
 
-    async def _transfer(self, connection: NbdConnection) -> None:
-        """Fetch what the window wants until that breaks or is cancelled; what is under way goes back."""
+    async def _in_thread(self, connection: NbdConnection) -> None:
+        """Transfer in a thread and wait for its end, which comes soon when this is cancelled: all members are then."""
+        task, token = trio.lowlevel.current_task(), trio.lowlevel.current_trio_token()
+
+        def deliver(result: Outcome[None]) -> None:
+            token.run_sync_soon(trio.lowlevel.reschedule, task, result)
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            self._window.fail(_closed())
+            connection.stop()
+            return trio.lowlevel.Abort.FAILED
+
+        trio.lowlevel.start_thread_soon(lambda: self._transfer(connection), deliver, "xbfs-nbd")
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+    def _transfer(self, connection: NbdConnection) -> None:
+        """Fetch what the window wants until it fails or the connection breaks; what is under way goes back."""
         flight: dict[int, Fetch] = {}
         flying = 0
         try:
@@ -264,9 +278,11 @@ class _Member:
                         flight[connection.ask(fetch.start, fetch.buffer)] = fetch
                         flying += len(fetch.buffer)
                 if not flight:
-                    await self._idle.park()
+                    if self._window.failed:
+                        return
+                    self._bell.acquire()
                     continue
-                fetch = flight.pop(await connection.reply())
+                fetch = flight.pop(connection.reply())
                 flying -= len(fetch.buffer)
                 self._window.arrived(fetch)
                 self._failures = 0

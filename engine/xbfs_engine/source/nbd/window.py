@@ -1,14 +1,16 @@
-"""What is fetched ahead: pieces of a disk in a ring of fixed size, shared by reading threads and the event loop.
+"""What is fetched ahead: pieces of a disk in a ring of fixed size, shared by threads that read and connections.
 
 Readers announce, claim, wait for and release pieces; connections take, finish and put them back. Any thread may call
 any method; none but ``Fetch.wait`` blocks. Memory: the ring, plus pieces that somebody waits for unannounced.
+
+Pieces may be small and many: a connection that found nothing to do is woken for one that a reader waits for, or else
+for a batch.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from xbfs_engine.core.limits import MIB
@@ -23,11 +25,14 @@ if TYPE_CHECKING:
 PIECE_SIZE = 2 * MIB
 """Largest single request. More only makes readers wait longer for its first byte (hosts serve 512 KiB at a time)."""
 
+_BATCH_BYTES = PIECE_SIZE
+"""What a connection is woken for while nobody waits; with a small ring, a quarter of that."""
+
 
 class Fetch:
     """One piece on its way. ``buffer`` takes whole sectors from ``start``; ``wanted`` is what was asked for."""
 
-    __slots__ = ("_arrived", "buffer", "failures", "place", "released", "start", "wanted")
+    __slots__ = ("_arrived", "buffer", "failures", "place", "queued", "released", "start", "wanted")
 
     def __init__(self, piece: Extent, start: int, buffer: memoryview, place: int | None) -> None:
         offset, length = piece
@@ -36,6 +41,7 @@ class Fetch:
         self.wanted = buffer[offset - start : offset - start + length]
         self.place = place
         """Where in the ring the buffer lies; None if it is a buffer of its own."""
+        self.queued = True
         self.released = False
         self.failures = 0
         self._arrived = threading.Event()
@@ -59,7 +65,7 @@ class _Sectors(NamedTuple):
 class Window:
     """The pieces of one disk that are wanted, under way, or there.
 
-    ``wake`` is called when there is work again after ``take`` found none; it must not block.
+    ``wake`` is called once for each ``take`` that found nothing, when it should be tried again; it must not block.
     """
 
     def __init__(self, disk_size_bytes: int, ring_bytes: int, wake: Callable[[], None]) -> None:
@@ -69,13 +75,16 @@ class Window:
         self._wake = wake
         self._lock = threading.Lock()
         self._announced: Iterator[Extent] = iter(())
+        self._next: Extent | None = None
         self._ring: memoryview | None = None
         self._in_ring: deque[Fetch] = deque()
         self._ahead: dict[Extent, Fetch] = {}
         self._overtaken: set[Extent] = set()
         self._queue: deque[Fetch] = deque()
         self._claimed: set[Fetch] = set()
-        self._idle = False
+        self._queue_bytes = 0
+        self._batch = min(_BATCH_BYTES, ring_bytes // 4)
+        self._idle = 0
         self._failure: XbfsError | None = None
         self.arrivals = 0
         """Pieces that have arrived; for those who want to know whether anything still moves."""
@@ -86,7 +95,7 @@ class Window:
             self._announced = pieces
             self._ring = memoryview(bytearray(self._ring_size))
             self._extend()
-        self._call()
+            self._call()
 
     def claim(self, pieces: Sequence[Extent]) -> list[Fetch]:
         """Become the reader of these; what is not fetched ahead is put first in the queue. Raises the failure."""
@@ -104,9 +113,14 @@ class Window:
                         self._overtaken.add(piece)
                 fetches.append(fetch)
             self._claimed.update(fetches)
-            self._queue.extendleft(reversed(urgent))
-        self._call()
+            self._push_front(urgent)
+            self._call()
         return fetches
+
+    @property
+    def failed(self) -> bool:
+        """Whether all is over."""
+        return self._failure is not None
 
     def check(self) -> None:
         """Raise the failure, if there is one."""
@@ -121,62 +135,77 @@ class Window:
             while self._in_ring and self._in_ring[0].released:
                 self._in_ring.popleft()
             self._extend()
-        self._call()
+            self._call()
 
     def take(self, *, idle: bool) -> Fetch | None:
         """The next piece to ask a server for. ``idle``: the caller sleeps until ``wake`` if there is none."""
         with self._lock:
             if self._queue:
-                return self._queue.popleft()
-            self._idle |= idle
+                fetch = self._queue.popleft()
+                fetch.queued = False
+                self._queue_bytes -= len(fetch.buffer)
+                return fetch
+            self._idle += idle and self._failure is None
             return None
 
     def arrived(self, fetch: Fetch) -> None:
         """The buffer of ``fetch`` is full."""
-        self.arrivals += 1
+        with self._lock:
+            self.arrivals += 1
         fetch.arrive()
 
     def put_back(self, fetches: Sequence[Fetch]) -> None:
         """Ask again for these, before all others."""
         with self._lock:
             if self._failure is None:
-                self._queue.extendleft(reversed(fetches))
-        self._call()
+                self._push_front(fetches)
+                self._call()
 
     def fail(self, failure: XbfsError) -> None:
         """Give up: all who wait, and all who come, get the first failure."""
         with self._lock:
             self._failure = self._failure or failure
-            self._announced = iter(())
+            self._announced, self._next = iter(()), None
             self._queue.clear()
             self._ahead.clear()
             for fetch in self._claimed:
                 fetch.arrive()
+            self._wake_some(self._idle)
 
     def _check(self) -> None:
         if self._failure is not None:
             raise self._failure
 
     def _call(self) -> None:
-        """Wake those who found nothing to do. Without the lock: they may run at once."""
-        with self._lock:
-            if not self._idle or not self._queue:
-                return
-            self._idle = False
-        self._wake()
+        """Wake as many of those who found nothing to do as there is reason to."""
+        if self._idle and self._queue:
+            awaited = any(fetch.queued for fetch in self._claimed)
+            self._wake_some(min(self._idle, max(awaited, self._queue_bytes // self._batch)))
+
+    def _wake_some(self, number: int) -> None:
+        self._idle -= number
+        for _ in range(number):
+            self._wake()
+
+    def _push_front(self, fetches: Sequence[Fetch]) -> None:
+        self._queue.extendleft(reversed(fetches))
+        for fetch in fetches:
+            fetch.queued = True
+            self._queue_bytes += len(fetch.buffer)
 
     def _extend(self) -> None:
         """Put as many announced pieces into the ring as there is room for; without any more, let it go."""
         if self._ring is None:
             return
-        for piece in self._announced:
+        while (piece := self._next or next(self._announced, None)) is not None:
             if piece in self._overtaken:
                 self._overtaken.remove(piece)
+                self._next = None
                 continue
             sectors = self._sectors(piece)
             place = self._room(sectors.length)
+            self._next = piece if place is None else None
             if place is None:
-                self._announced = chain([piece], self._announced)
                 return
             # Who overtook what was never announced is forgotten as soon as the announced ones are beyond it.
             if self._overtaken:
@@ -185,6 +214,7 @@ class Window:
             self._in_ring.append(fetch)
             self._ahead[piece] = fetch
             self._queue.append(fetch)
+            self._queue_bytes += sectors.length
         if not self._in_ring:
             self._ring = None
             self._overtaken.clear()
