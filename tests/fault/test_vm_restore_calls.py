@@ -6,6 +6,7 @@ ever from then on, as when a host dies. What the failed restore could not take b
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -114,3 +115,29 @@ def test_a_host_that_dies_in_the_middle(site: Site) -> None:
 @pytest.mark.parametrize("effect", ["fail", "drop"])
 def test_a_host_that_dies_anywhere(site: Site, effect: str) -> None:
     assert not all(site.attempt(nth, effect, 10_000) for nth in range(12, CALLS_MAX, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("effect", EFFECTS)
+def test_any_call_of_a_disk_for_a_running_vm_fails(site: Site, effect: str) -> None:
+    sim, struck = site.sim, True
+    for nth in range(1, CALLS_MAX):
+        fault = sim.fault("*", effect, nth=nth)
+        vdi = None
+        with suppress(XbfsError):
+            done = trio.run(lambda: site.lab.restore_disks(sim, site.point, 0, attach="web"))
+            vdi = done.disks[0].made.uuid
+        struck = bool(sim.do("wait_fault", number=fault, hits=1, timeout_s=0))
+        sim.clear()
+        if vdi is not None:
+            (vbd,) = (one for one in sim.dump("VBD")["VBD"] if one["VDI"] == vdi)
+            assert vbd["currently_attached"] or done.warnings
+            if vbd["currently_attached"]:
+                sim.call("VBD.unplug", f"uuid:VBD:{vbd['uuid']}")
+            sim.call("VBD.destroy", f"uuid:VBD:{vbd['uuid']}")
+            sim.call("VDI.destroy", f"uuid:VDI:{vdi}")
+        trio.run(site.lab.sweep, sim)
+        assert state_of(sim) == site.before, (nth, effect)
+        if not struck:
+            break
+    assert not struck
