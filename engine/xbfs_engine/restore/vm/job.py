@@ -14,7 +14,7 @@ import trio
 
 from xbfs_engine.core.errors import PoolError, StorageError
 from xbfs_engine.core.log import Logger
-from xbfs_engine.restore.vm.calls import make, patiently
+from xbfs_engine.restore.vm.calls import make
 from xbfs_engine.restore.vm.disks import DiskMaker
 from xbfs_engine.restore.vm.machine import VmMaker
 from xbfs_engine.restore.vm.shapes import vbd_fields
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from xbfs_engine.source.xapi.session import Pool, Ref
 
 START_S: Final = 600.0
+PLUG_S: Final = 120.0
+"""A guest without drivers never takes a disk; hosts give up before."""
 
 _log = Logger("xbfs.restore")
 
@@ -143,9 +145,10 @@ async def _attach(pool: Pool, vm: Vm, disk: MadeDisk) -> Ref:
 
 async def _plug(pool: Pool, vm: Vm, vbd: Ref) -> str | None:
     try:
-        await patiently(pool, "VBD.plug", vbd)
+        await pool.call("VBD.plug", vbd, timeout_s=PLUG_S)
     except PoolError as exc:
-        return f"the disk is attached to {vm.name}, but the running VM does not see it yet: {exc.message}"
+        # Also when only the answer was lost: whoever wants to know looks at the VM.
+        return f"the disk is attached to {vm.name}, but the running VM may not see it yet: {exc.message}"
     return None
 
 
