@@ -41,7 +41,7 @@ def test_the_verbs_are_those_of_the_product() -> None:
     assert {parser.prog.removeprefix("xbfs ") for parser in VERBS} == {
         *("init", "key list", "key add", "key remove", "backup image", "backup vm", "points", "show"),
         *("diff", "check", "verify", "export", "mount", "umount"),
-        *("pool add", "pool list", "pool remove", "pool trust", "pool check", "pool sweep"),
+        *("pool add", "pool list", "pool remove", "pool trust", "pool check", "pool sweep", "restore", "rewind"),
     }
 
 

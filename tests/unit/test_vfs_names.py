@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from tests.support.points import SECOND_NS, disk, point, with_id
 from xbfs.vfs import inodes
-from xbfs.vfs.names import SECONDS_MAX, free_name, parse_time, safe_component, time_name
+from xbfs.vfs.names import free_name, safe_component
 from xbfs.vfs.points import Points
+from xbfs.vfs.times import SECONDS_MAX, parse_time, time_name
 from xbfs_engine.catalog.catalog import DamagedPoint
 from xbfs_engine.core.errors import ManifestCorrupt
 from xbfs_engine.core.ids import PointId

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from xbfs.vfs.names import iso_time
+from xbfs.vfs.times import iso_time
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from blake3 import blake3
 
-from xbfs.vfs.names import SECONDS_MAX
+from xbfs.vfs.times import SECONDS_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Container

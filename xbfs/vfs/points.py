@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from xbfs.vfs.inodes import Owners
-from xbfs.vfs.names import SECOND_NS, free_name, safe_component, time_name
+from xbfs.vfs.names import free_name, safe_component
+from xbfs.vfs.times import SECOND_NS, time_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

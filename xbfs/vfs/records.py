@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 from typing import TYPE_CHECKING, Final
 
-from xbfs.vfs.names import SECOND_NS, iso_time
+from xbfs.vfs.times import SECOND_NS, iso_time
 from xbfs_engine.core.limits import KIB
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 import xbfs
-from xbfs.vfs.names import SECOND_NS, time_name
 from xbfs.vfs.texts import to_json
+from xbfs.vfs.times import SECOND_NS, time_name
 
 if TYPE_CHECKING:
     from xbfs.vfs.gate import Gate

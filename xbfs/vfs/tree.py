@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xbfs.vfs import inodes
 from xbfs.vfs.images import ImageFormat, image_formats, image_size, vhd_refusal
-from xbfs.vfs.names import SECOND_NS, parse_time, time_name
 from xbfs.vfs.points import Points, ShownDamage, ShownPoint, VmDirectory
 from xbfs.vfs.texts import report_json, vm_json
+from xbfs.vfs.times import SECOND_NS, parse_time, time_name
 from xbfs_engine.core.ids import PointId
 
 if TYPE_CHECKING:
