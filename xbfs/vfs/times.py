@@ -1,4 +1,4 @@
-"""Times as names in the tree and as text, and back. Pure; imports nothing heavy, as the command line needs it at once."""
+"""Times as names in the tree and as text, and back. Pure; imports nothing heavy: every command needs it at once."""
 
 from __future__ import annotations
 
