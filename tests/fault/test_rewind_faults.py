@@ -105,8 +105,7 @@ class Scene:
             assert blocked == {}
             assert self.contents in (self.present, self.wanted)
         else:
-            assert {"start", "start_on"} & set(blocked)
-            assert self.contents in (self.present, self.wanted) or set(blocked) >= {"start", "start_on", "snapshot"}
+            assert set(blocked) == {"start", "start_on", "snapshot", "pool_migrate", "migrate_send"}
             assert self.pool.db.text(self.vm, "power_state") == "Halted"
         with suppress(XbfsError):
             self.pool.VM_clean_shutdown(self.vm)

@@ -356,6 +356,22 @@ def test_half_written_disks_can_be_given_up(lab: RewindLab) -> None:
     assert lab.abandon(vm) is None
 
 
+def test_a_mixture_that_somebody_started_is_not_overwritten_without_a_safety_point(lab: RewindLab) -> None:
+    vm = lab.halted_vm()
+    vdi = lab.pool.disk(vm, 0, content=b"a" * MIB)
+    first = lab.backup(vm).point
+    lab.pool.write(vdi, 0, b"b")
+    lab.disks.loses_write_at = 0
+    with pytest.raises(IntegrityError):
+        lab.rewind(vm, first)
+    lab.pool.db.set(vm, power_state="Running")
+    with pytest.raises(VmNotReady, match="half-written") as caught:
+        lab.rewind(vm, first, safety=True, stop=True)
+    assert "--abandon" in caught.value.hint
+    lab.abandon(vm)
+    assert lab.rewind(vm, first, safety=True, stop=True).safety_point is not None
+
+
 def test_a_rewind_of_another_node_is_not_interfered_with(lab: RewindLab) -> None:
     vm = lab.halted_vm()
     vdi = lab.pool.disk(vm, 0, content=b"a" * MIB)

@@ -3,7 +3,8 @@
 Owns the keys of VM.blocked_operations whose reason is ours, and nothing else. There are two reasons. The ordinary one
 of a run (``markers.block_reason``) holds until the first write: a sweep takes it away once the run has died. The other
 one says from which point to which the disks are on their way: no sweep takes it for a run's (its node reads otherwise),
-so it stays on the pool, seen by everybody, until a rewind has ended well or somebody gives the disks up.
+so it stays on the pool, seen by everybody, until a rewind has ended well or somebody gives the disks up. It is put on
+and taken off in one call for all operations; what others put there in the same moment may be lost.
 """
 
 from __future__ import annotations
@@ -109,12 +110,8 @@ class Guard:
         self._half = half_written_reason(self._ledger.run, self._ledger.node, point, safety)
         blocked = await blocked_operations(self._xapi, self._patience, self._vm)
         noted = {op: self._half for op in HALF_WRITTEN if op not in blocked or self._is_ours(blocked[op])}
-        # In one call: disks that a rewind before this one left half-written are at no moment without their mark.
-        await self._patience.get(
-            lambda: self._xapi.call("VM.set_blocked_operations", self._vm, {**blocked, **noted}),
-            "VM.set_blocked_operations",
-            repeatable=True,
-        )
+        # Disks that a rewind before this one left half-written are at no moment without their mark.
+        await _block_these(self._xapi, self._patience, self._vm, {**blocked, **noted})
         blocked = await blocked_operations(self._xapi, self._patience, self._vm)
         if self._half not in blocked.values():
             raise VmNotReady(
@@ -143,9 +140,9 @@ class Guard:
 
     async def _take_off(self, is_wanted: Callable[[str], bool]) -> None:
         blocked = await blocked_operations(self._xapi, self._patience, self._vm)
-        for operation, reason in blocked.items():
-            if is_wanted(reason):
-                await remove_blocked(self._xapi, self._patience, self._vm, operation)
+        staying = {operation: reason for operation, reason in blocked.items() if not is_wanted(reason)}
+        if staying != blocked:
+            await _block_these(self._xapi, self._patience, self._vm, staying)
         for item in self._items:
             await self._ledger.gone(item)
         self._items.clear()
@@ -196,9 +193,8 @@ async def abandon(xapi: Xapi, patience: Patience, *, vm_ref: Ref, live: Abstract
     left = half_written(blocked)
     if left is not None:
         check_dead(left, live)
-        for operation, reason in blocked.items():
-            if _REASON.match(reason):
-                await remove_blocked(xapi, patience, vm_ref, operation)
+        staying = {operation: reason for operation, reason in blocked.items() if not _REASON.match(reason)}
+        await _block_these(xapi, patience, vm_ref, staying)
     return left
 
 
@@ -218,10 +214,10 @@ async def blocked_operations(xapi: Xapi, patience: Patience, vm_ref: Ref) -> dic
     return {operation: str(reason) for operation, reason in found.items()}
 
 
-async def remove_blocked(xapi: Xapi, patience: Patience, vm_ref: Ref, operation: str) -> None:
-    """VM.remove_from_blocked_operations; nothing where it is not blocked. Raises PoolError."""
+async def _block_these(xapi: Xapi, patience: Patience, vm_ref: Ref, blocked: Mapping[str, str]) -> None:
+    """All of VM.blocked_operations, in one call: a mark is there as a whole or not at all. Raises PoolError."""
     await patience.get(
-        lambda: xapi.call("VM.remove_from_blocked_operations", vm_ref, operation),
-        "VM.remove_from_blocked_operations",
+        lambda: xapi.call("VM.set_blocked_operations", vm_ref, dict(blocked)),
+        "VM.set_blocked_operations",
         repeatable=True,
     )

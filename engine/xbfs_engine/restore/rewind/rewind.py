@@ -285,6 +285,11 @@ class Rewind:
         if self._wishes.dry_run:
             return
         check_dead(left, await _live(self._pool.ledgers))
+        if vm.power_state != power.HALTED:
+            raise VmNotReady(
+                f"{vm.name!r} is {vm.power_state.lower()} with half-written disks: somebody allowed its start",
+                hint="what it wrote has no restore point: take the mark off with --abandon, and rewind as usual then",
+            )
         if left.node != self._pool.node:
             raise VmNotReady(
                 f"node {left.node} rewinds {vm.name!r}, or died while it did",
