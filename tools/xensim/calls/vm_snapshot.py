@@ -27,7 +27,7 @@ _OWN: Final = frozenset(
     }
 )
 _PART_OWN: Final = frozenset(
-    {"uuid", "VM", "VDI", "currently_attached", "device", "metrics", "current_operations", "runtime_properties"}
+    {"uuid", "VM", "VDI", "currently_attached", "metrics", "current_operations", "runtime_properties"}
 )
 
 
@@ -168,4 +168,6 @@ def _copy_parts(ctx: Context, source: Ref, target: Ref, disks: dict[Ref, Ref], *
 
 
 def _part(ctx: Context, ref: Ref) -> Record:
-    return {name: value for name, value in ctx.db.get(ref).items() if name not in _PART_OWN}
+    # A VBD's device is where the guest sees it; a VIF's is its position.
+    own = _PART_OWN | {"device"} if ctx.db.cls(ref) == "VBD" else _PART_OWN
+    return {name: value for name, value in ctx.db.get(ref).items() if name not in own}
