@@ -17,6 +17,7 @@ import trio
 from xbfs_engine.core.errors import (
     CertificateRejected,
     PoolError,
+    PoolUnreachable,
     SourceUnreadable,
     TransferFailed,
     VmNotReady,
@@ -62,8 +63,9 @@ _DISCARD_S: Final = 300.0
 """How long a failed or cancelled run may take to undo a snapshot; a detaching dom0 takes 50 s."""
 
 _LET_GO_S: Final = 900.0
-_OTHER_WAY: Final = (TransferFailed, SourceUnreadable, CertificateRejected)
-"""What makes a read over NBD worth another try over HTTPS, whose hosts are pinned like those of all calls."""
+_OTHER_WAY: Final = (TransferFailed, SourceUnreadable, CertificateRejected, PoolUnreachable)
+"""What makes a read worth another try over HTTPS, whose hosts are pinned like those of all calls: what was read before
+is in the repository already. Another try over NBD was made by that itself, on every host."""
 
 _log = Logger("xbfs.vm")
 
@@ -186,7 +188,9 @@ class VmCycle:
         """Read by the best way there is, and commit."""
         origin = self._origin
         self._step("recording the VM")
-        record = await origin.recorder.capture(self._vm.ref, snapshot.vm_ref)
+        record = await origin.patience.get(
+            lambda: origin.recorder.capture(self._vm.ref, snapshot.vm_ref), "record of the VM", repeatable=True
+        )
         xen = XenBase(
             pool_uuid=origin.pool_uuid,
             snapshots={d.number: d.snapshot_uuid for d in snapshot.disks if is_base(d, deltas[d.number])},
@@ -202,14 +206,21 @@ class VmCycle:
                 if deltas[disk.number].changed is None
             }
             plan = _Plan(snapshot, deltas, allocated, vm, last, bases)
-            if not await self._has_nbd(snapshot):
-                await self._back_up(plan, origin.access.stream, "over HTTPS: no host offers NBD")
-                return
+            await self._read_by_any_way(plan)
+
+    async def _read_by_any_way(self, plan: _Plan) -> None:
+        access = self._origin.access
+        nbd = await self._has_nbd(plan.snapshot)
+        note = "" if nbd else "over HTTPS: no host offers NBD"
+        for way in (access.nbd if nbd else access.stream, access.stream):
             try:
-                await self._back_up(plan, origin.access.nbd, "")
+                await self._back_up(plan, way, note)
             except _OTHER_WAY as exc:
-                _log.warning("reading over NBD failed", vm=self._vm.uuid, error=exc.message)
-                await self._back_up(plan, origin.access.stream, f"over HTTPS: {exc.message}")
+                _log.warning("reading failed", vm=self._vm.uuid, note=note, error=exc.message)
+                note = f"over HTTPS: {exc.message}"
+            else:
+                return
+        await self._back_up(plan, access.stream, note)
 
     async def _back_up(self, plan: _Plan, way: Way, note: str) -> None:
         async with one_at_a_time() as shelf:
@@ -253,7 +264,9 @@ class VmCycle:
     async def _allocation(self, disk: TakenDisk) -> AllocatedBlocks | None:
         """What to read of a disk whose changes are not known; None: all of it."""
         try:
-            return await self._origin.access.allocation(disk.snapshot_ref, disk.size_bytes)
+            return await self._origin.patience.get(
+                lambda: self._origin.access.allocation(disk.snapshot_ref, disk.size_bytes), "VHD", repeatable=True
+            )
         except (PoolError, SourceUnreadable) as exc:
             _log.info("allocation is not known", vdi=disk.vdi_uuid, error=exc.message)
             return None
