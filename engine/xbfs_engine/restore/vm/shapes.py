@@ -55,7 +55,7 @@ def vm_fields(vm: Plain, *, keep_identity: bool) -> dict[str, XapiValue]:
         found |= _taken(vm, ("generation_id",), "VM")
     shadow = vm.get(_SHADOW, "1.0")
     # Floats without decimals are mishandled by some releases (Xen Orchestra, XenServer 7.2).
-    if shadow not in {"1.0", "1"}:
+    if str(shadow) not in {"1.0", "1"}:
         try:
             found[_SHADOW] = float(str(shadow))
         except ValueError as exc:
