@@ -1,0 +1,188 @@
+"""ext2, ext3 and ext4, with the journal replayed. A node is its inode number."""
+
+from __future__ import annotations
+
+import struct
+import uuid
+from typing import TYPE_CHECKING, Final
+
+from fs_explorer.entry import EntryType
+from fs_explorer.errors import CorruptDataError, UnsupportedFormatError
+from fs_explorer.filesystems.ext import FL_ENCRYPT, ROOT_INO, ExtFS
+from fs_explorer.tree import Node
+
+from xbfs_engine.guestfs import acl
+from xbfs_engine.guestfs.base import XATTR_BYTES_MAX, Kind, NodeId, NodeStat, VolumeInfo, Xattr
+from xbfs_engine.guestfs.errors import GuestDamaged, GuestUnsupported, GuestWrongKind
+from xbfs_engine.guestfs.explorer.library import VolumeBytes, guarded, make_context
+from xbfs_engine.guestfs.explorer.volume import KINDS, ExplorerVolume, Found, Opened
+from xbfs_engine.guestfs.ext.replay import replay
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fs_explorer.filesystems.ext import _Inode
+
+    from xbfs_engine.formats.source import BlockSource
+
+_RO_COMPAT_BIGALLOC: Final = 0x200
+
+_FILE_TYPES: Final = {
+    1: Kind.FILE,
+    2: Kind.DIRECTORY,
+    3: Kind.CHARACTER_DEVICE,
+    4: Kind.BLOCK_DEVICE,
+    5: Kind.FIFO,
+    6: Kind.SOCKET,
+    7: Kind.SYMLINK,
+}
+"""Of directory entries (directory.rst)."""
+
+_ACL_VERSION: Final = 1
+
+
+class _Tree(ExtFS):
+    """The library's reader, which allocates what an attribute claims."""
+
+    def _xattr_value(self, v: bytes | tuple[str, int, int]) -> bytes:
+        if not isinstance(v, bytes) and v[2] > XATTR_BYTES_MAX:
+            raise CorruptDataError(f"ext: an attribute of {v[2]} bytes in inode {v[1]}")
+        return super()._xattr_value(v)
+
+
+def open_ext(source: BlockSource) -> ExtVolume:
+    """Opens the volume. GuestDamaged, GuestUnsupported: it can not be read as a whole."""
+    replayed = replay(source)
+    context = make_context()
+    with guarded():
+        volume = VolumeBytes(replayed.source, context.cache)
+        if struct.unpack("<I", volume.read_exact(1024 + 0x64, 4))[0] & _RO_COMPAT_BIGALLOC:
+            raise GuestUnsupported("ext4 with bigalloc is not read")
+        tree = _Tree(volume, context)
+        tree.root()
+        return ExtVolume(
+            tree,
+            VolumeInfo(
+                type=tree.format,
+                label=tree.volume_label() or "",
+                uuid=str(uuid.UUID(bytes=tree.uuid)) if any(tree.uuid) else "",
+                size_bytes=tree.blocks_count * tree.bs,
+                state=replayed.state,
+                reason=replayed.reason,
+            ),
+        )
+
+
+class ExtVolume(ExplorerVolume):
+    """An ext filesystem as its guest would see it after a mount."""
+
+    def __init__(self, tree: ExtFS, info: VolumeInfo) -> None:
+        super().__init__(info, _id(ROOT_INO))
+        self._tree = tree
+
+    def _entries(self, node: NodeId) -> Iterator[Found]:
+        inode = self._inode(node)
+        if inode.type != EntryType.DIR:
+            raise GuestWrongKind(f"inode {inode.ino} is no directory")
+        for name, number, file_type in self._tree._dirents(inode):
+            yield Found(name, _id(number), _FILE_TYPES.get(file_type, Kind.UNKNOWN))
+
+    def _find(self, node: NodeId, name: bytes) -> Found | None:
+        directory = Node("", EntryType.DIR, ref=_number(node))
+        found = self._tree.lookup(directory, name.decode("utf-8", "surrogateescape"))
+        # The library also finds names that are the same in another Unicode form or case.
+        if found is None or found.name.encode("utf-8", "surrogateescape") != name:
+            return None
+        return Found(name, _id(found.ref), KINDS.get(found.type, Kind.UNKNOWN))
+
+    def _stat(self, node: NodeId) -> NodeStat:
+        inode = self._inode(node)
+        kind = KINDS.get(inode.type)
+        if kind is None:
+            raise GuestDamaged(f"inode {inode.ino} has mode {inode.mode:#o}")
+        if not inode.links:
+            raise GuestDamaged(f"inode {inode.ino} is deleted")
+        major, minor = _device(inode) if kind in (Kind.BLOCK_DEVICE, Kind.CHARACTER_DEVICE) else (0, 0)
+        return NodeStat(
+            inode=inode.ino,
+            kind=kind,
+            mode=inode.mode & 0o7777,
+            uid=inode.uid,
+            gid=inode.gid,
+            nlink=inode.links,
+            size_bytes=inode.size if kind in (Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK) else 0,
+            allocated_bytes=inode.blocks * 512,
+            mtime_ns=inode.mtime,
+            atime_ns=inode.atime,
+            ctime_ns=inode.ctime,
+            btime_ns=inode.btime,
+            rdev_major=major,
+            rdev_minor=minor,
+        )
+
+    def _open(self, node: NodeId) -> Opened:
+        inode = self._inode(node)
+        if inode.type != EntryType.FILE:
+            raise GuestWrongKind(f"inode {inode.ino} is no file")
+        data = self._tree._data_ra(inode)
+        if data.size != inode.size:
+            raise GuestDamaged(f"inode {inode.ino} of {inode.size} bytes holds {data.size}")
+        return Opened(data, data.data_ranges())
+
+    def _readlink(self, node: NodeId) -> bytes:
+        inode = self._inode(node)
+        if inode.type != EntryType.SYMLINK:
+            raise GuestWrongKind(f"inode {inode.ino} is no symlink")
+        if inode.flags & FL_ENCRYPT:
+            raise UnsupportedFormatError(None, f"the target of symlink {inode.ino} is encrypted")
+        return self._tree._symlink(inode).encode("utf-8", "surrogateescape")
+
+    def _xattrs(self, node: NodeId) -> Iterator[Xattr]:
+        for text, stored in self._tree._xattrs_raw(self._inode(node)).items():
+            # What inline files and encryption keep for themselves; Linux does not show it either.
+            if text == "system.data" or text.startswith("unknown"):
+                continue
+            name = text.encode("utf-8", "surrogateescape")
+            value = self._tree._xattr_value(stored)
+            yield Xattr(name, _acl(value) if name in (acl.ACCESS_NAME, acl.DEFAULT_NAME) else value)
+
+    def _inode(self, node: NodeId) -> _Inode:
+        return self._tree.inode(_number(node))
+
+
+def _id(number: int) -> NodeId:
+    return NodeId(number.to_bytes(4, "big"))
+
+
+def _number(node: NodeId) -> int:
+    return int.from_bytes(node, "big")
+
+
+def _device(inode: _Inode) -> tuple[int, int]:
+    """Old numbers stand in the first word of the block map, new ones in the second (ifork.rst)."""
+    old, new = struct.unpack_from("<II", inode.i_block)
+    if old:
+        return old >> 8 & 0xFF, old & 0xFF
+    return new >> 8 & 0xFFF, new & 0xFF | new >> 12 & 0xFFF00
+
+
+def _acl(value: bytes) -> bytes:
+    """From ext's layout, whose entries leave out ids that say nothing (ext4_acl_entry_short)."""
+    if len(value) < 4 or int.from_bytes(value[:4], "little") != _ACL_VERSION:
+        raise GuestDamaged("an access control list of an unknown version")
+    at, entries = 4, []
+    while at < len(value):
+        if at + 4 > len(value):
+            raise GuestDamaged("an access control list ends within an entry")
+        tag, permissions = struct.unpack_from("<HH", value, at)
+        at += 4
+        who = acl.UNDEFINED_ID
+        if tag in (acl.TAG_USER, acl.TAG_GROUP):
+            if at + 4 > len(value):
+                raise GuestDamaged("an access control list ends within an entry")
+            who = int.from_bytes(value[at : at + 4], "little")
+            at += 4
+        if tag not in acl.TAGS:
+            raise GuestDamaged(f"an access control list has a tag {tag:#x}")
+        entries.append(acl.AclEntry(tag, permissions, who))
+    return acl.encode(entries)
