@@ -5,6 +5,7 @@ Puts together what the engine keeps apart: a rewind, and the backup that is its 
 
 from __future__ import annotations
 
+import shlex
 import os
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -90,7 +91,7 @@ def rewind(arguments: argparse.Namespace, output: Output) -> None:
             if begun and begun[0].half_written:
                 raise Cancelled("stopped by a signal while disks were written: they are half-written") from exc
             raise
-    _tell(report, output, dry_run=arguments.dry_run)
+    _tell(report, output, pool=arguments.pool, dry_run=arguments.dry_run)
 
 
 def _abandon(arguments: argparse.Namespace, output: Output) -> None:
@@ -221,7 +222,7 @@ def _planned(disk: DiskReport) -> str:
     return f"{told} ({disk.reason})"
 
 
-def _tell(report: RewindReport, output: Output, *, dry_run: bool) -> None:
+def _tell(report: RewindReport, output: Output, *, pool: str, dry_run: bool) -> None:
     output.result(
         {
             "vm_uuid": report.vm_uuid,
@@ -252,4 +253,7 @@ def _tell(report: RewindReport, output: Output, *, dry_run: bool) -> None:
     else:
         output.say(f"{report.vm_name} already was as at {when}: nothing was written")
     if report.safety_point is not None:
-        output.say(f"to undo it: xbfs rewind {report.vm_name} --to {report.safety_point.id[:ID_DIGITS]}")
+        undo = shlex.join(
+            ["xbfs", "rewind", report.vm_name, "--to", report.safety_point.id[:ID_DIGITS], "--pool", pool]
+        )
+        output.say(f"to undo it: {undo}")
