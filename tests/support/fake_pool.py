@@ -331,8 +331,12 @@ class FakePool:
 
     def _drop(self, vdi: str) -> None:
         log = self.logs.pop(vdi, None)
-        if log is not None and log.child in self.logs:
-            self.logs[log.child].blocks |= log.blocks
+        if log is not None:
+            if log.child in self.logs:
+                self.logs[log.child].blocks |= log.blocks
+            for parent in self.logs.values():
+                if parent.child == vdi:
+                    parent.child = log.child
         self.content.pop(vdi, None)
         self.db.destroy(vdi)
 
