@@ -5,8 +5,8 @@ Puts together what the engine keeps apart: a rewind, and the backup that is its 
 
 from __future__ import annotations
 
-import shlex
 import os
+import shlex
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
