@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from xbfs_engine.guestfs.xfs.inodes import Fork, Inode
     from xbfs_engine.guestfs.xfs.volume import Run, Volume
 
+_RECORD: Final = struct.Struct(">QQ")
 _RECORD_BYTES: Final = 16
+_START_MASK: Final = (1 << 54) - 1
 _MAGICS: Final = (0x424D_4150, 0x424D_4133)
 """BMAP and, with checksums, BMA3."""
 _HEADER: Final = struct.Struct(">IHH")
@@ -51,7 +53,7 @@ def extents(volume: Volume, inode: Inode, fork: Fork, first: int = 0) -> Iterato
     if fork.format == FORMAT_EXTENTS:
         if fork.extents > len(fork.data) // _RECORD_BYTES:
             raise GuestDamaged(f"inode {inode.number}: {fork.extents} extents of {fork.name} do not fit into it")
-        found = iter(_unpack(fork.data, 0, fork.extents))
+        found = _unpack(fork.data, 0, fork.extents, first)
     elif fork.format == FORMAT_BTREE:
         found = _from_root(volume, inode, fork, first)
     else:
@@ -84,18 +86,17 @@ def runs_of(volume: Volume, inode: Inode, fork: Fork, first: int, count: int) ->
     raise GuestDamaged(f"inode {inode.number}: block {position} of its {fork.name} is missing")
 
 
-def _unpack(data: bytes, at: int, count: int) -> list[Extent]:
-    """Packed records: 1 bit unwritten, 54 bits start, 52 bits block, 21 bits count."""
-    words = struct.unpack_from(f">{2 * count}Q", data, at)
-    return [
-        Extent(
-            (high >> 9) & 0x3F_FFFF_FFFF_FFFF,
-            (high & 0x1FF) << 43 | low >> 21,
-            low & 0x1F_FFFF,
-            high >> 63 == 1,
+def _unpack(data: bytes, at: int, count: int, first: int) -> Iterator[Extent]:
+    """Packed records from the last that starts up to ``first``: 1 bit unwritten, 54 start, 52 block, 21 count."""
+
+    def start_of(index: int) -> int:
+        return (
+            int.from_bytes(data[at + index * _RECORD_BYTES : at + index * _RECORD_BYTES + 8], "big") >> 9 & _START_MASK
         )
-        for high, low in zip(words[::2], words[1::2], strict=True)
-    ]
+
+    skipped = max(0, bisect_right(range(count), first, key=start_of) - 1)
+    for high, low in _RECORD.iter_unpack(data[at + skipped * _RECORD_BYTES : at + count * _RECORD_BYTES]):
+        yield Extent(high >> 9 & _START_MASK, (high & 0x1FF) << 43 | low >> 21, low & 0x1F_FFFF, high >> 63 == 1)
 
 
 def _from_root(volume: Volume, inode: Inode, fork: Fork, first: int) -> Iterator[Extent]:
@@ -119,7 +120,7 @@ def _descend(
         block, below = _node(volume, inode, fork, child, level - 1)
         header_bytes = _HEADER_BYTES[volume.geometry.has_checksums]
         if level == 1:
-            yield from _unpack(block, header_bytes, below)
+            yield from _unpack(block, header_bytes, below, first)
         else:
             size_below = (level - 1, below)
             room_below = (len(block) - header_bytes) // _RECORD_BYTES
