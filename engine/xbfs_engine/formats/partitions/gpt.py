@@ -64,7 +64,9 @@ def read_gpt(source: BlockSource) -> PartitionTable | None:
         last = source.size_bytes // sector_bytes - 1
         table = _read_at(source, sector_bytes, last) if last > 1 else None
         if table is not None:
-            return table._replace(notes=(*table.notes, "the primary GPT is damaged, its backup was used"))
+            return table._replace(
+                notes=(*table.notes, "the primary GPT is damaged, its backup was used"), is_backup=True
+            )
     return None
 
 

@@ -36,6 +36,8 @@ class PartitionTable(NamedTuple):
     sector_bytes: int
     partitions: tuple[Partition, ...]
     notes: tuple[str, ...] = ()
+    is_backup: bool = False
+    """It was read from the end of the disk, since there is no valid one at the beginning."""
 
 
 def within(disk_bytes: int, partition: Partition) -> Partition:
