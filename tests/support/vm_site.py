@@ -55,8 +55,9 @@ def world_of(count: int, disks: int = 2, **changes: Any) -> dict[str, Any]:
 class VmSite:
     """Runs of one node; each is one of a process of its own as far as the pool and the ledgers can tell."""
 
-    def __init__(self, sim: XenSim, directory: Path, engine: Engine | None = None) -> None:
+    def __init__(self, sim: XenSim, directory: Path, engine: Engine | None = None, *, node: str = NODE) -> None:
         self.sim = sim
+        self.node = node
         self.engine = engine or Engine.fresh(directory / "cache")
         self.runtime = system_runtime()
         self.ledgers = Ledgers(directory / "runs", self.runtime)
@@ -98,7 +99,7 @@ class VmSite:
 
     async def job(self, *patterns: str, full: bool = False, wait_s: float = 0.0) -> JobReport:
         self.engine.clock.advance(60)
-        target = Target(self.engine.repository, self.engine.catalog, self.engine.index, NODE, "xbfs test")
+        target = Target(self.engine.repository, self.engine.catalog, self.engine.index, self.node, "xbfs test")
         async with self.pool() as pool:
             access = PoolAccess(pool, HostBudget(), connections=self.connections)
             side = PoolSide(pool, access, PoolRecorder(pool), self.ledgers, self.runtime.random)
@@ -111,14 +112,14 @@ class VmSite:
 
         async def work() -> SweepReport:
             async with self.pool() as pool:
-                return await sweep(pool, self.ledgers, node=NODE, dry_run=dry_run, bases=bases)
+                return await sweep(pool, self.ledgers, node=self.node, dry_run=dry_run, bases=bases)
 
         return self._trio(work)
 
     def pool(self) -> Any:
         pins = {host.address: host.fingerprint for host in self.sim.hosts}
         master = Address(self.sim.master.address, self.sim.master.port)
-        config = PoolConfig("sim", (master,), self.secrets.user, pins, f"xbfs/{NODE}")
+        config = PoolConfig("sim", (master,), self.secrets.user, pins, f"xbfs/{self.node}")
         return open_pool(config, self.secrets, self.runtime, retry_delays_s=RETRY_DELAYS_S)
 
     # what is there
@@ -147,14 +148,17 @@ class VmSite:
         ]
 
     def leaks(self) -> list[str]:
-        """What of ours is on the pool beside logs of changed blocks that a ledger keeps."""
+        """What of this node is on the pool beside logs of changed blocks that a ledger keeps."""
         found = self.sim.dump("VM", "VDI", "task")
-        leaked = [f"VM {vm['name_label']}" for vm in found["VM"] if "xbfs:run" in vm["other_config"]]
-        leaked += [f"blocked {vm['name_label']}" for vm in found["VM"] if vm["blocked_operations"]]
-        leaked += [f"task {task['name_label']}" for task in found["task"] if task["name_label"].startswith("xbfs/")]
+        leaked = [f"VM {vm['name_label']}" for vm in found["VM"] if vm["other_config"].get("xbfs:node") == self.node]
+        reasons = [reason for vm in found["VM"] for reason in vm["blocked_operations"].values()]
+        leaked += [reason for reason in reasons if f"of node {self.node} " in reason]
+        names = [task["name_label"] for task in found["task"]]
+        leaked += [name for name in names if name.startswith(f"xbfs/{self.node}:")]
         kept = set(self.kept())
         for vdi in found["VDI"]:
-            if vdi["other_config"].get("xbfs:self") == vdi["uuid"]:
+            marks = vdi["other_config"]
+            if (marks.get("xbfs:node"), marks.get("xbfs:self")) == (self.node, vdi["uuid"]):
                 leaked += [f"VDI {vdi['type']}"] if vdi["type"] != "cbt_metadata" else []
                 leaked += ["a base that nobody keeps"] if vdi["uuid"] not in kept else []
         return leaked
