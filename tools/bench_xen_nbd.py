@@ -83,7 +83,7 @@ def measure(work: Path, rounds: int, size_mib: int) -> list[list[str]]:
 
 def _cost(command: list[str], figures: Path) -> Cost:
     """Our client says itself what it took from connecting to the last byte; for nbdcopy it is the whole process."""
-    cost = run(command, env={"PYTHONPATH": str(ROOT / "engine")}, stdout=figures)
+    cost = run(command, env={"PYTHONPATH": str(ROOT / "engine"), "OPENBLAS_NUM_THREADS": "1"}, stdout=figures)
     said = figures.read_text().split()
     return Cost(float(said[0]), float(said[1]), cost.peak_mib) if said else cost
 
