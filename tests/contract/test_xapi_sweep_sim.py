@@ -299,6 +299,13 @@ def test_the_verbs(sim: XenSim, tmp_path: Path) -> None:
     assert "fit for backups" in world.run("pool", "check", "sim", **environment).out.decode()
     done = world.run("pool", "sweep", "sim", "--dry-run", **environment)
     assert (done.code, done.out) == (0, b"0 leftovers found\n")
+    environment["XBFS_REPOSITORY"] = str(tmp_path / "repository")
+    done = world.run("pool", "sweep", "sim", **environment)
+    assert (done.code, done.out) == (3, b"0 leftovers removed\n")
+    assert "the repository is not asked which bases its points need" in done.err
+    assert world.run("init", **environment).code == 0
+    done = world.run("pool", "sweep", "sim", **environment)
+    assert (done.code, done.out) == (0, b"0 leftovers removed\n")
     web = sim.vm("web")["uuid"]
     sim.call("VM.add_to_blocked_operations", f"uuid:VM:{web}", "snapshot", "no")
     try:

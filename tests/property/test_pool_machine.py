@@ -71,6 +71,8 @@ class PoolLife(RuleBasedStateMachine):
         self.names = [f"vm{first + vm}" for vm in range(VMS)]
         self.points = dict.fromkeys(self.names, 0)
         self.by_hand: list[tuple[str, str]] = []
+        # A host that crashed in an earlier life took all VMs with it.
+        self._start()
 
     # guests and people
 
@@ -86,7 +88,7 @@ class PoolLife(RuleBasedStateMachine):
         if size <= SIZE_MAX:
             self.sim.call("VM.hard_shutdown", self._ref(name))
             self.sim.call("VDI.resize", f"uuid:VDI:{vdi}", size)
-            self.sim.call("VM.start", self._ref(name), False, False)
+            self._start()
 
     @precondition(lambda self: len(self.by_hand) < 3)
     @rule(vm=st.integers(0, VMS - 1))
@@ -97,10 +99,9 @@ class PoolLife(RuleBasedStateMachine):
     @precondition(lambda self: self.by_hand)
     @rule()
     def somebody_reverts(self) -> None:
-        name, snapshot = self.by_hand[-1]
+        _, snapshot = self.by_hand[-1]
         self.sim.call("VM.revert", snapshot)
-        if self.sim.vm(name)["power_state"] != "Running":
-            self.sim.call("VM.start", self._ref(name), False, False)
+        self._start()
 
     @precondition(lambda self: self.by_hand)
     @rule()
@@ -131,9 +132,7 @@ class PoolLife(RuleBasedStateMachine):
     @rule(host=st.sampled_from(["alpha", "beta"]))
     def a_host_crashes(self, host: str) -> None:
         self.sim.do("crash_host", host=host)
-        for name in self.names:
-            if self.sim.vm(name)["power_state"] != "Running":
-                self.sim.call("VM.start", self._ref(name), False, False)
+        self._start()
 
     @rule()
     def another_master(self) -> None:
@@ -199,12 +198,20 @@ class PoolLife(RuleBasedStateMachine):
         size = int(self.site.vdi(vdi)["virtual_size"])
         self.sim.guest_write(vdi, at % (size - len(data) + 1), data)
 
+    def _start(self) -> None:
+        for name in self.names:
+            if self.sim.vm(name)["power_state"] != "Running":
+                self.sim.call("VM.start", self._ref(name), False, False)
+
     def _ref(self, name: str) -> str:
         return f"uuid:VM:{self.sim.vm(name)['uuid']}"
 
     def teardown(self) -> None:
-        if not hasattr(self, "site"):
-            return
+        if hasattr(self, "place"):
+            with self.place:
+                self._end()
+
+    def _end(self) -> None:
         self.sim.clear()
         while self.by_hand:
             self.somebody_deletes_a_snapshot()
@@ -216,7 +223,6 @@ class PoolLife(RuleBasedStateMachine):
             assert methods(last[name]) == ["cbt"] * DISKS
             assert len(self.site.bases(name)) == DISKS
             self.site.check(name, last[name])
-        self.place.cleanup()
 
 
 def live(sim: XenSim, examples: int, steps: int) -> None:

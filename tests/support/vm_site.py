@@ -139,13 +139,10 @@ class VmSite:
         return next(vdi for vdi in self.sim.dump("VDI")["VDI"] if vdi["uuid"] == uuid)
 
     def bases(self, name: str) -> list[dict[str, Any]]:
-        """The snapshot VDIs of a VM's disks that are ours."""
+        """The snapshot VDIs of a VM's disks that are this node's."""
         disks = set(self.sim.disks(name))
-        return [
-            vdi
-            for vdi in self.sim.dump("VDI")["VDI"]
-            if vdi["snapshot_of"] in disks and vdi["other_config"].get("xbfs:self") == vdi["uuid"]
-        ]
+        found = [vdi for vdi in self.sim.dump("VDI")["VDI"] if vdi["snapshot_of"] in disks]
+        return [vdi for vdi in found if self._made(vdi)]
 
     def leaks(self) -> list[str]:
         """What of this node is on the pool beside logs of changed blocks that a ledger keeps."""
@@ -157,11 +154,14 @@ class VmSite:
         leaked += [name for name in names if name.startswith(f"xbfs/{self.node}:")]
         kept = set(self.kept())
         for vdi in found["VDI"]:
-            marks = vdi["other_config"]
-            if (marks.get("xbfs:node"), marks.get("xbfs:self")) == (self.node, vdi["uuid"]):
+            if self._made(vdi):
                 leaked += [f"VDI {vdi['type']}"] if vdi["type"] != "cbt_metadata" else []
                 leaked += ["a base that nobody keeps"] if vdi["uuid"] not in kept else []
         return leaked
+
+    def _made(self, vdi: dict[str, Any]) -> bool:
+        marks = vdi["other_config"]
+        return (marks.get("xbfs:node"), marks.get("xbfs:self")) == (self.node, vdi["uuid"])
 
     def kept(self) -> list[str]:
         """uuids of the VDIs that ledgers keep as bases."""

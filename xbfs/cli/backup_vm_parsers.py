@@ -60,7 +60,7 @@ def add_backup_vm(backup: Verbs) -> None:
         type=_seconds,
         metavar="SECONDS",
         default=300.0,
-        help="how long to wait for an SR that coalesces old snapshots of a VM, before it is skipped (default: 300)",
+        help="skip a VM when what its SR has yet to coalesce did not become less for so long (default: 300)",
     )
     vm.add_argument("-q", "--quiet", action="store_true", help="show no progress")
 
