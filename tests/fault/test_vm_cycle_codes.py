@@ -20,6 +20,8 @@ from xbfs_engine.source.xapi.sweep import SweepReport, sweep
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from xbfs_engine.catalog.restore_point import RestorePoint
+
 
 class Web:
     """A VM of one disk with a first point, and a write since."""
@@ -193,7 +195,7 @@ def test_a_disk_that_the_host_can_not_read_by_any_transport_is_told(web: Web) ->
 def test_a_disk_that_became_raw_is_read_in_full(web: Web) -> None:
     """enable_cbt seems to work, but the snapshot has no log."""
     web.pool.VDI_disable_cbt(web.vdi)
-    web.pool.VDI_enable_cbt = lambda _: None  # type: ignore[method-assign]
+    web.pool.VDI_enable_cbt = lambda vdi: None  # type: ignore[method-assign]
     report = web.lab.backup(web.vm)
     assert report.point.disks[0].reason == "the snapshot has no changed-block log"
     web.lab.check_point(report.point, {0: bytes(web.pool.content[web.vdi])})
@@ -290,7 +292,8 @@ def test_sweeps_after_a_death_around_the_commit(web: Web, *, ask: bool, committe
     commit = type(catalog).commit
     (old,) = web.pool.snapshot_vdis()
 
-    def die(point: Any) -> Any:
+    def die(point: RestorePoint) -> RestorePoint:
+        died.append(True)
         if committed:
             commit(catalog, point)
         raise StorageFull("as good as dead")
@@ -300,7 +303,7 @@ def test_sweeps_after_a_death_around_the_commit(web: Web, *, ask: bool, committe
             web.pool.faults.append(Fault(method, "UNREACHABLE"))
 
     died: list[bool] = []
-    catalog.commit = lambda point: (died.append(True), die(point))[1]  # type: ignore[method-assign]
+    catalog.commit = die  # type: ignore[method-assign]
     web.pool.before_call = dead
     with pytest.raises(StorageFull):
         web.lab.backup(web.vm)

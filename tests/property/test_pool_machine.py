@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -57,9 +57,7 @@ def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[XenSim]:
 class PoolLife(RuleBasedStateMachine):
     """Two VMs of one pool, backed up by one node into one repository."""
 
-    def __init__(self, sim: XenSim) -> None:
-        super().__init__()
-        self.sim = sim
+    sim: ClassVar[XenSim]
 
     @initialize()
     def begin(self) -> None:
@@ -233,11 +231,12 @@ def live(sim: XenSim, examples: int, steps: int) -> None:
         print_blob=True,
         suppress_health_check=list(HealthCheck),
     )
-    run_state_machine_as_test(lambda: PoolLife(sim), settings=profile)
+    PoolLife.sim = sim
+    run_state_machine_as_test(PoolLife, settings=profile)
 
 
 def test_a_short_life(sim: XenSim) -> None:
-    live(sim, examples=3, steps=12)
+    live(sim, examples=2, steps=10)
 
 
 @pytest.mark.slow

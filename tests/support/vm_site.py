@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 from trio.testing import MockClock
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from xbfs_engine.catalog.restore_point import RestorePoint
     from xbfs_engine.core.errors import XbfsError
+
+T = TypeVar("T")
 
 SPEED = 10.0
 """Seconds of waiting that pass in one; calls have deadlines of a minute, so a tenth of that is left for the pool."""
@@ -175,7 +177,7 @@ class VmSite:
         finally:
             self.sim.clear(fault)
 
-    def _trio(self, work: Callable[[], Awaitable[Any]]) -> Any:
+    def _trio(self, work: Callable[[], Awaitable[T]]) -> T:
         return trio.run(work, clock=MockClock(rate=SPEED))
 
 
