@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 1 << 20
 STEP = 4 * MIB
+BLOCK = 64 << 10
+"""Scattered reads take every second one, as a delta may look."""
 READERS = 2
 CONNECTIONS = (1, 4)
 """One, as a host serves it best; four, which is what nbdcopy takes by itself."""
@@ -70,6 +72,7 @@ def measure(work: Path, rounds: int, size_mib: int) -> list[list[str]]:
         for _ in range(size_mib):
             file.write(noise.read(MIB))
     costs: dict[str, list[Cost]] = defaultdict(list)
+    scattered: dict[str, list[float]] = defaultdict(list)
     for number in range(rounds):
         print(f"nbd: round {number + 1}/{rounds}", file=sys.stderr)
         for kind in ("tls", "plain"):
@@ -78,7 +81,12 @@ def measure(work: Path, rounds: int, size_mib: int) -> list[list[str]]:
                 for connections in CONNECTIONS:
                     for tool, command in _commands(port, pki, connections, size_mib):
                         costs[f"{tool}, {kind}, {connections}"].append(_cost(command, work / "figures"))
-    return _report(costs, size_mib)
+                command = [*_own(port, pki, max(CONNECTIONS), size_mib), "scattered"]
+                scattered[kind].append(_cost(command, work / "figures").cpu_s / (size_mib * MIB // (2 * BLOCK)))
+    rows = _report(costs, size_mib)
+    told = "; ".join(f"{kind}: {median(each) * 1e6:.0f} us" for kind, each in scattered.items())
+    print(f"xbfs, CPU per scattered block of 64 KiB, {max(CONNECTIONS)} connections: {told}", end="\n\n")
+    return rows
 
 
 def _cost(command: list[str], figures: Path) -> Cost:
@@ -131,9 +139,11 @@ def _report(costs: dict[str, list[Cost]], size_mib: int) -> list[list[str]]:
     ]
 
 
-def _read(disk: NbdDisk, size_bytes: int) -> list[threading.Thread]:
-    """Threads that read all of the disk in order, as the workers of a backup take their segments."""
+def _read(disk: NbdDisk, size_bytes: int, *, scattered: bool) -> list[threading.Thread]:
+    """Threads that read all of the disk in order, as the workers of a backup take their segments; or only blocks."""
     reads = [(offset, min(STEP, size_bytes - offset)) for offset in range(0, size_bytes, STEP)]
+    if scattered:
+        reads = [(offset, BLOCK) for offset in range(0, size_bytes, 2 * BLOCK)]
     disk.read_ahead(iter(reads))
     rest, lock = iter(reads), threading.Lock()
 
@@ -152,7 +162,7 @@ def _read(disk: NbdDisk, size_bytes: int) -> list[threading.Thread]:
     return threads
 
 
-async def _client(port: int, certificate: str, connections: int, size_bytes: int) -> None:
+async def _client(port: int, certificate: str, connections: int, size_bytes: int, *, scattered: bool) -> None:
     import trio
 
     from xbfs_engine.source.nbd import HostBudget, NbdTarget, TlsPolicy, open_nbd_disk
@@ -164,7 +174,7 @@ async def _client(port: int, certificate: str, connections: int, size_bytes: int
         return [NbdTarget("127.0.0.1", port, "", tls, "server")]
 
     async with open_nbd_disk(targets, HostBudget(), connections=connections, size_bytes=size_bytes) as disk:
-        for thread in _read(disk, size_bytes):
+        for thread in _read(disk, size_bytes, scattered=scattered):
             await trio.to_thread.run_sync(thread.join)
     print(time.perf_counter() - wall, time.process_time() - cpu)
 
@@ -172,4 +182,13 @@ async def _client(port: int, certificate: str, connections: int, size_bytes: int
 if __name__ == "__main__":
     import trio
 
-    trio.run(partial(_client, int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]) * MIB))
+    trio.run(
+        partial(
+            _client,
+            int(sys.argv[1]),
+            sys.argv[2],
+            int(sys.argv[3]),
+            int(sys.argv[4]) * MIB,
+            scattered=sys.argv[5:] == ["scattered"],
+        )
+    )
