@@ -154,7 +154,7 @@ class BtrfsVolume(ExplorerVolume):
             gid=inode.gid,
             nlink=inode.nlink,
             size_bytes=inode.size if kind in (Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK) else 0,
-            allocated_bytes=inode.nbytes,
+            allocated_bytes=inode.nbytes + -inode.nbytes % self._tree.sb.sectorsize,
             mtime_ns=inode.mtime,
             atime_ns=inode.atime,
             ctime_ns=inode.ctime,
@@ -213,9 +213,11 @@ class _Tree(BtrfsFS):
             out = inflate.decompress(raw, ram_bytes)
             whole = inflate.eof
         else:
+            # Decoded piece by piece: what the frame claims to hold is not believed.
             reader = zstandard.ZstdDecompressor(max_window_size=MAX_COMPRESSED_EXTENT).stream_reader(raw)
             out = reader.read(ram_bytes)
-            whole = len(out) == ram_bytes or not reader.read(1)
+            claimed = zstandard.get_frame_parameters(raw).content_size
+            whole = len(out) == claimed or claimed == zstandard.CONTENTSIZE_UNKNOWN
         if len(out) < ram_bytes and not whole:
             raise CorruptDataError("btrfs: a compressed extent ends early")
         return out.ljust(ram_bytes, b"\0")

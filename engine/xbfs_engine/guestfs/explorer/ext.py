@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from fs_explorer.entry import EntryType
 from fs_explorer.errors import CorruptDataError, UnsupportedFormatError
-from fs_explorer.filesystems.ext import FL_ENCRYPT, ROOT_INO, ExtFS
+from fs_explorer.filesystems.ext import FL_ENCRYPT, FL_INLINE_DATA, ROOT_INO, ExtFS
 from fs_explorer.tree import Node
 
 from xbfs_engine.guestfs import acl
@@ -103,6 +103,8 @@ class ExtVolume(ExplorerVolume):
         if not inode.links:
             raise GuestDamaged(f"inode {inode.ino} is deleted")
         major, minor = _device(inode) if kind in (Kind.BLOCK_DEVICE, Kind.CHARACTER_DEVICE) else (0, 0)
+        # As Linux counts what lies in the inode itself (ext4_getattr).
+        inline = -(-inode.size // 512) if kind is Kind.FILE and inode.flags & FL_INLINE_DATA else 0
         return NodeStat(
             inode=inode.ino,
             kind=kind,
@@ -111,7 +113,7 @@ class ExtVolume(ExplorerVolume):
             gid=inode.gid,
             nlink=inode.links,
             size_bytes=inode.size if kind in (Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK) else 0,
-            allocated_bytes=inode.blocks * 512,
+            allocated_bytes=(inode.blocks + inline) * 512,
             mtime_ns=inode.mtime,
             atime_ns=inode.atime,
             ctime_ns=inode.ctime,
