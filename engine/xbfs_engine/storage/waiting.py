@@ -32,14 +32,16 @@ async def in_thread(call: Callable[[*Ts], T], *arguments: *Ts, limiter: trio.Cap
     A call that ends in time counts: its result is returned, and the cancellation is felt at the next wait.
     """
     results: list[T] = []
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
     ended = trio.Event()
 
     async def run() -> None:
         try:
             work = partial(call, *arguments)
             results.append(await trio.to_thread.run_sync(work, limiter=limiter, abandon_on_cancel=True))
-        except Exception as exc:  # noqa: BLE001 - handed to the task that waits
+        except trio.Cancelled:
+            raise
+        except BaseException as exc:  # noqa: BLE001 - handed to the task that waits
             failures.append(exc)
         finally:
             ended.set()
