@@ -13,10 +13,10 @@ from tests.support.runtime import FixedClock, SeededRandom
 from xbfs_engine.core.runtime import Runtime
 from xbfs_engine.ingest.vm.choosing import choose
 from xbfs_engine.ingest.vm.cycle import Origin, Target, VmCycle, VmReport, Wishes
-from xbfs_engine.ingest.vm.patience import Patience
 from xbfs_engine.ingest.vm.places import Places
 from xbfs_engine.source.xapi.inventory import take_inventory
 from xbfs_engine.source.xapi.ledger import Ledgers
+from xbfs_engine.source.xapi.patience import Patience
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection

@@ -47,12 +47,12 @@ if TYPE_CHECKING:
     from xbfs_engine.formats.vhd_stream import AllocatedBlocks
     from xbfs_engine.ingest.statistics import Progress
     from xbfs_engine.ingest.vm.disks import ChosenVm, Snapshot, TakenDisk
-    from xbfs_engine.ingest.vm.patience import Patience
     from xbfs_engine.ingest.vm.places import Places
     from xbfs_engine.ingest.vm.ports import Listener, Recorder
     from xbfs_engine.ingest.vm.reading import DiskAccess
     from xbfs_engine.source.base import DiskSource
     from xbfs_engine.source.xapi.ledger import RunLedger
+    from xbfs_engine.source.xapi.patience import Patience
     from xbfs_engine.source.xapi.session import Xapi
     from xbfs_engine.store.index import ChunkIndex
     from xbfs_engine.store.repository import Repository

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from xbfs_engine.catalog.restore_point import RestorePoint
     from xbfs_engine.ingest.vm.disks import TakenDisk
-    from xbfs_engine.ingest.vm.patience import Patience
     from xbfs_engine.source.base import Extent
+    from xbfs_engine.source.xapi.patience import Patience
     from xbfs_engine.source.xapi.session import Ref, Xapi, XapiValue
 
 LOG_INCONSISTENT: Final = "SR_BACKEND_FAILURE_459"

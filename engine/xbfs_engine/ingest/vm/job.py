@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from xbfs_engine.ingest.vm.base import known_bases
 from xbfs_engine.ingest.vm.cycle import Origin
-from xbfs_engine.ingest.vm.patience import Patience
 from xbfs_engine.ingest.vm.places import Places
 from xbfs_engine.ingest.vm.run import VmRun, WantedVm
 from xbfs_engine.source.xapi.inventory import take_inventory
+from xbfs_engine.source.xapi.patience import Patience
 from xbfs_engine.source.xapi.selection import select_vms
 from xbfs_engine.source.xapi.sweep import sweep
 

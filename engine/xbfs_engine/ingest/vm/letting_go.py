@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from xbfs_engine.ingest.vm.delta import Delta
     from xbfs_engine.ingest.vm.disks import Bases, Snapshot, TakenDisk
     from xbfs_engine.ingest.vm.older import OlderBases
-    from xbfs_engine.ingest.vm.patience import Patience
     from xbfs_engine.source.xapi.ledger import RunLedger
+    from xbfs_engine.source.xapi.patience import Patience
     from xbfs_engine.source.xapi.session import Xapi
 
 _log = Logger("xbfs.vm")

@@ -20,8 +20,8 @@ from xbfs_engine.source.xapi.markers import BLOCKED_OPERATIONS, block_reason
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from xbfs_engine.ingest.vm.patience import Patience
     from xbfs_engine.source.xapi.ledger import RunLedger
+    from xbfs_engine.source.xapi.patience import Patience
     from xbfs_engine.source.xapi.session import Ref, Xapi
 
 _UNBLOCK_S: Final = 120.0

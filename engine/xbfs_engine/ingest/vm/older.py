@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
 
     from xbfs_engine.ingest.vm.disks import Bases
-    from xbfs_engine.ingest.vm.patience import Patience
     from xbfs_engine.source.xapi.markers import Marker
+    from xbfs_engine.source.xapi.patience import Patience
     from xbfs_engine.source.xapi.session import Ref, Xapi
 
 _log = Logger("xbfs.vm")

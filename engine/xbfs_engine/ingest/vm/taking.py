@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from xbfs_engine.ingest.vm.disks import Bases, ChosenVm, VmDisk
-    from xbfs_engine.ingest.vm.patience import Patience
     from xbfs_engine.source.xapi.ledger import Item, RunLedger
+    from xbfs_engine.source.xapi.patience import Patience
     from xbfs_engine.source.xapi.session import Ref, Xapi, XapiValue
 
 _SNAPSHOT_TIMEOUT_S: Final = 1800.0

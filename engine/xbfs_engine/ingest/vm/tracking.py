@@ -14,7 +14,7 @@ from xbfs_engine.source.xapi.failures import meaning_of
 
 if TYPE_CHECKING:
     from xbfs_engine.ingest.vm.disks import VmDisk
-    from xbfs_engine.ingest.vm.patience import Patience
+    from xbfs_engine.source.xapi.patience import Patience
     from xbfs_engine.source.xapi.session import Xapi
 
 _ENABLE_TIMEOUT_S: Final = 300.0
