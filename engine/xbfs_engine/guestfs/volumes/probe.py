@@ -8,8 +8,9 @@ some Signature; only the source's own errors come through.
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
+from xbfs_engine.core.errors import XbfsError
 from xbfs_engine.guestfs.volumes.luks import LuksHeader, find_luks
 from xbfs_engine.guestfs.volumes.lvm.label import PvLabel, find_lvm_label
 from xbfs_engine.guestfs.volumes.md import MdMember, find_md
@@ -18,7 +19,11 @@ from xbfs_engine.guestfs.volumes.unix import btrfs, ext, iso9660, swap, xfs
 from xbfs_engine.guestfs.volumes.windows import exfat, fat, ntfs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from xbfs_engine.formats.source import BlockSource
+
+_Found = TypeVar("_Found")
 
 UNKNOWN: Final = "unknown"
 
@@ -67,7 +72,7 @@ def probe(source: BlockSource) -> Probe:
     """Look at a device: at most about 0.5 MiB of it, more only for a LUKS header."""
     if source.size_bytes < _SECTOR:
         return Probe(Signature(UNKNOWN, note=f"it has {source.size_bytes} bytes only"))
-    member = find_md(source)
+    member = _if_readable(find_md, source)
     if member is not None:
         return Probe(Signature("linux_raid_member", member.name, member.array_uuid), md=member)
     luks = find_luks(source)
@@ -77,6 +82,16 @@ def probe(source: BlockSource) -> Probe:
     if label is not None:
         return Probe(Signature("LVM2_member", "", label.uuid, label.size_bytes), lvm=label)
     return Probe(_content(source))
+
+
+def _if_readable(find: Callable[[BlockSource], _Found | None], source: BlockSource) -> _Found | None:
+    """What is found in places far from the beginning: what can not be read there must not hide what lies before."""
+    try:
+        return find(source)
+    except XbfsError as error:
+        if error.retryable:
+            raise
+        return None
 
 
 def _content(source: BlockSource) -> Signature:
@@ -92,7 +107,7 @@ def _content(source: BlockSource) -> Signature:
         or iso9660(head)
         or fat(source, head)
         or _marked(head, _OTHERS)
-        or _far(source)
+        or _if_readable(_far, source)
     )
     if found is None:
         note = "" if any(head) else "its beginning is zeros: it may never have been used"

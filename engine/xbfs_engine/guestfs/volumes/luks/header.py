@@ -14,6 +14,7 @@ import json
 import struct
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
+from xbfs_engine.core.errors import XbfsError
 from xbfs_engine.core.limits import KIB, MIB
 from xbfs_engine.guestfs.errors import GuestDamaged, GuestUnsupported
 from xbfs_engine.guestfs.volumes.luks.crypt import SECTOR
@@ -138,7 +139,7 @@ def _luks2(source: BlockSource, head: bytes, version: int) -> LuksHeader | None:
     for start in (0, *_BACKUPS_AT):
         if start + _LUKS2_BYTES > source.size_bytes:
             break
-        block = head if not start else source.read_at(start, _LUKS2_BYTES)
+        block = head if not start else _backup(source, start)
         if block[:6] == (_BACKUP_MAGIC if start else _MAGIC) and block[6:8] == b"\0\2":
             area = _checked_area(source, start, block)
             if area is not None:
@@ -155,6 +156,16 @@ def _luks2(source: BlockSource, head: bytes, version: int) -> LuksHeader | None:
     except (GuestDamaged, GuestUnsupported) as error:
         return _unusable(2, uuid, label, error.message)
     return header._replace(notes=("its first header is damaged, the backup was used",)) if minus_start else header
+
+
+def _backup(source: BlockSource, start: int) -> bytes:
+    """What lies where a backup may lie; one that can not be read must not hide whatever else the device is."""
+    try:
+        return source.read_at(start, _LUKS2_BYTES)
+    except XbfsError as error:
+        if error.retryable:
+            raise
+        return b""
 
 
 def _checked_area(source: BlockSource, start: int, block: bytes) -> bytes | None:

@@ -61,7 +61,8 @@ class VolumeGroup:
 
     def volumes(self) -> list[LogicalVolume]:
         """All that the guest sees, in the order of their names."""
-        return [self._volume(part) for _, part in sorted(self._vg.logical.items()) if part.is_visible]
+        parts = [part for name, part in sorted(self._vg.logical.items()) if part.is_visible or name in self._special]
+        return [self._volume(part) for part in parts if part.body.section("segment1").kind() != "snapshot"]
 
     def _volume(self, part: LvPart) -> LogicalVolume:
         size = 0
@@ -83,7 +84,7 @@ class VolumeGroup:
         for part in self._vg.logical.values():
             body = part.body.section("segment1")
             try:
-                if body.text("type", "") != "snapshot":
+                if body.kind() != "snapshot":
                     continue
                 if merging := body.text("merging_store", ""):
                     special[merging] = "it is a snapshot that was being merged"

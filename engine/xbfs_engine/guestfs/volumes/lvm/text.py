@@ -49,6 +49,11 @@ class Section:
             raise GuestDamaged(f"LVM metadata: {self.path}{key} is no string")
         return value
 
+    def kind(self) -> str:
+        """Its ``type``, empty if it says none: for looking at segments before they are taken seriously."""
+        value = self._values.get("type")
+        return value if isinstance(value, str) else ""
+
     def array(self, key: str) -> list[Scalar]:
         """Strings and numbers; a single one is a list of one, a missing one is empty."""
         value = self._values.get(key, [])
