@@ -129,7 +129,7 @@ class Inodes:
         window = self._windows.get(first if blocks_at_once > 1 else ~block)
         if window is None:
             data = self._volume.read_blocks(first, blocks_at_once)
-            window = data, self._sound(data)
+            window = data, self._sound(data, geometry.offset_of(first, blocks_at_once))
             self._windows.put(first if blocks_at_once > 1 else ~block, window, len(data))
         slot += (block - first) << geometry.inodes_per_block_log
         data, sound = window
@@ -137,14 +137,17 @@ class Inodes:
             raise GuestDamaged(f"inode {number}: the checksum is wrong")
         return data[slot * geometry.inode_bytes : (slot + 1) * geometry.inode_bytes]
 
-    def _sound(self, data: bytes) -> list[bool]:
-        """Which slots have the checksum they say."""
+    def _sound(self, data: bytes, offset: int) -> list[bool]:
+        """Which slots have the checksum they say, or come from the log."""
         rows = np.frombuffer(data, np.uint8).reshape(-1, self._volume.geometry.inode_bytes).copy()
         if not self._volume.geometry.has_checksums:
             return [True] * len(rows)
         stored = rows[:, _CRC_AT : _CRC_AT + 4].copy().view("<u4")[:, 0]
         rows[:, _CRC_AT : _CRC_AT + 4] = 0
         sound: list[bool] = (crc32c_rows(rows) == stored).tolist()
+        if self._volume.is_replayed(offset, len(data)):
+            size = self._volume.geometry.inode_bytes
+            sound = [ok or self._volume.is_replayed(offset + slot * size, size) for slot, ok in enumerate(sound)]
         return sound
 
     def _parse(self, number: int, raw: bytes) -> Inode:

@@ -19,8 +19,10 @@ from xbfs_engine.guestfs.errors import GuestDamaged, GuestUnsupported, GuestWron
 from xbfs_engine.guestfs.xfs.attributes import attributes
 from xbfs_engine.guestfs.xfs.directories import Directory
 from xbfs_engine.guestfs.xfs.extents import Extent, extents
-from xbfs_engine.guestfs.xfs.geometry import parse_superblock
+from xbfs_engine.guestfs.xfs.geometry import SUPERBLOCK_BYTES, parse_superblock
 from xbfs_engine.guestfs.xfs.inodes import FORMAT_LOCAL, Inodes
+from xbfs_engine.guestfs.xfs.log import Log
+from xbfs_engine.guestfs.xfs.replay import replay
 from xbfs_engine.guestfs.xfs.volume import REMOTE_HEADER, Volume
 
 if TYPE_CHECKING:
@@ -48,31 +50,59 @@ def open_xfs(source: BlockSource) -> XfsReader:
 
     Raises GuestUnsupported if it is no XFS or uses what is not known, GuestDamaged if it can not be read as a whole.
     """
-    geometry = parse_superblock(source.read_at(0, min(_SUPERBLOCK_READ_BYTES, source.size_bytes)))
-    if geometry.size_bytes > source.size_bytes:
-        raise GuestDamaged(
-            f"the filesystem has {geometry.size_bytes} bytes, its volume only {source.size_bytes}",
-            hint="the volume was made smaller than its filesystem; the guest can not mount it either",
-        )
-    reader = XfsReader(source, geometry)
+    geometry = _geometry(source)
+    try:
+        reader = _replayed(source, geometry)
+    except (GuestDamaged, GuestUnsupported) as exc:
+        reason = f"changes that only its log holds are not shown: {exc.message}"
+        reader = XfsReader(Volume(source, geometry), VolumeState.DIRTY, reason, frozenset())
     if reader.stat(reader.root).kind is not Kind.DIRECTORY:
         raise GuestDamaged(f"the root inode {geometry.root_inode} is no directory")
     return reader
 
 
-class XfsReader:
-    """GuestFilesystem of an XFS; made by ``open_xfs``. A node id is the inode number, 8 bytes big-endian."""
+def _geometry(source: BlockSource, *, is_replayed: bool = False) -> Geometry:
+    data = source.read_at(0, min(_SUPERBLOCK_READ_BYTES, source.size_bytes))
+    geometry = parse_superblock(data, is_replayed=is_replayed)
+    if geometry.size_bytes > source.size_bytes:
+        raise GuestDamaged(
+            f"the filesystem has {geometry.size_bytes} bytes, its volume only {source.size_bytes}",
+            hint="the volume was made smaller than its filesystem; the guest can not mount it either",
+        )
+    return geometry
 
-    def __init__(self, source: BlockSource, geometry: Geometry) -> None:
-        self._volume = Volume(source, geometry)
-        self._geometry = geometry
-        self._inodes = Inodes(self._volume)
+
+def _replayed(source: BlockSource, geometry: Geometry) -> XfsReader:
+    """A reader over the volume as it is after its log was replayed."""
+    log = Log(source, geometry)
+    if log.is_clean:
+        return XfsReader(Volume(source, geometry), VolumeState.CLEAN, "", frozenset())
+    done = replay(source, geometry, log)
+    geometry = _geometry(done.source, is_replayed=done.source.is_replaced(0, SUPERBLOCK_BYTES))
+    reason = f"it was in use; {done.transactions} transactions of its log were replayed in memory"
+    if done.unfinished:
+        reason += f"; changes of {len(done.unfinished)} files were under way, and what they concern is refused"
+    return XfsReader(Volume(done.source, geometry, done.source), VolumeState.REPLAYED, reason, done.unfinished)
+
+
+class XfsReader:
+    """GuestFilesystem of an XFS; made by ``open_xfs``. A node id is the inode number, 8 bytes big-endian.
+
+    ``unfinished`` are inodes whose content or attributes were being changed when the guest stopped.
+    """
+
+    def __init__(self, volume: Volume, state: VolumeState, reason: str, unfinished: frozenset[int]) -> None:
+        self._volume = volume
+        self._geometry = volume.geometry
+        self._inodes = Inodes(volume)
+        self._state = state
+        self._reason = reason
+        self._unfinished = unfinished
 
     @property
     def info(self) -> VolumeInfo:
-        """What the superblock says, and whether the log was empty."""
-        geometry = self._geometry
-        state, reason = VolumeState.CLEAN, ""
+        """What the superblock says, and what became of the log."""
+        geometry, state, reason = self._geometry, self._state, self._reason
         if geometry.needs_repair:
             state, reason = VolumeState.DIRTY, "xfs_repair was interrupted; the guest must run it again"
         return VolumeInfo("xfs", geometry.label, str(geometry.uuid), geometry.size_bytes, state, reason)
@@ -120,7 +150,7 @@ class XfsReader:
         """Each extent that is touched is one read of the source."""
         assert offset >= 0
         assert 0 <= length <= READ_BYTES_MAX
-        inode = self._inode(node, Kind.FILE)
+        inode = self._finished(self._inode(node, Kind.FILE))
         end = min(offset + length, inode.size_bytes)
         parts: list[bytes] = []
         position = offset
@@ -139,7 +169,7 @@ class XfsReader:
 
     def extents(self, node: NodeId, offset: int = 0) -> Iterator[FileExtent]:
         """Data where blocks are mapped and written; the end of the last is the file's size."""
-        pieces = self._pieces(self._inode(node, Kind.FILE), offset)
+        pieces = self._pieces(self._finished(self._inode(node, Kind.FILE)), offset)
         for is_data, group in groupby(pieces, key=lambda piece: piece.is_data):
             length = sum(piece.length for piece in group)
             yield FileExtent(offset, length, is_data)
@@ -161,7 +191,7 @@ class XfsReader:
 
     def xattrs(self, node: NodeId) -> Iterator[Xattr]:
         """As the kernel shows them to root, but for the raw form of ACLs and the kernel's own parent pointers."""
-        return attributes(self._volume, self._inode(node))
+        return attributes(self._volume, self._finished(self._inode(node)))
 
     def _inode(self, node: NodeId, kind: Kind | None = None) -> Inode:
         if len(node) != _NODE_BYTES:
@@ -169,6 +199,11 @@ class XfsReader:
         inode = self._inodes.get(int.from_bytes(node, "big"))
         if kind is not None and inode.kind is not kind:
             raise GuestWrongKind(f"inode {inode.number} is {inode.kind.name.lower()}, not {kind.name.lower()}")
+        return inode
+
+    def _finished(self, inode: Inode) -> Inode:
+        if inode.number in self._unfinished:
+            raise GuestUnsupported(f"inode {inode.number}: a change of it was under way when the guest stopped")
         return inode
 
     def _directory(self, node: NodeId) -> Directory:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from xbfs_engine.formats.source import BlockSource
     from xbfs_engine.guestfs.xfs.geometry import Geometry
+    from xbfs_engine.guestfs.xfs.overlay import Overlay
 
 CACHE_BYTES: Final = 8 << 20
 """Metadata blocks kept by one volume; a directory block is at most 64 KiB."""
@@ -73,9 +74,11 @@ class Lru(Generic[_V]):
 class Volume:
     """A source with its geometry."""
 
-    def __init__(self, source: BlockSource, geometry: Geometry) -> None:
+    def __init__(self, source: BlockSource, geometry: Geometry, overlay: Overlay | None = None) -> None:
+        """``overlay`` is the source if the log was replayed: what comes from the log has no checksum of its own."""
         self.source = source
         self.geometry = geometry
+        self._overlay = overlay
         self._blocks: Lru[bytes] = Lru(CACHE_BYTES)
 
     def read_blocks(self, block: int, count: int) -> bytes:
@@ -89,17 +92,28 @@ class Volume:
         if data is None:
             data = b"".join(self.read_blocks(*run) for run in runs)
             if self.geometry.has_checksums:
-                self._check(data, runs[0], header, owner, what)
+                self._check_crc(data, runs, header, owner, what)
+                self._check_place(data, runs[0], header, owner, what)
             self._blocks.put(key, data, len(data))
         return data
 
-    def _check(self, data: bytes, first: Run, header: Header, owner: int, what: str) -> None:
-        sector = self.geometry.offset_of(*first) // SECTOR
-        where = f"{what} of inode {owner} at sector {sector}"
+    def is_replayed(self, offset: int, length: int) -> bool:
+        """Whether any of these bytes come from the log."""
+        return self._overlay is not None and self._overlay.is_replaced(offset, length)
+
+    def _check_crc(self, data: bytes, runs: Sequence[Run], header: Header, owner: int, what: str) -> None:
+        offsets = [(self.geometry.offset_of(*run), run[1] << self.geometry.block_log) for run in runs]
+        if any(self.is_replayed(*place) for place in offsets):
+            return
         stored = int.from_bytes(data[header.crc_at : header.crc_at + 4], "little")
         found = crc32c(data[: header.crc_at] + bytes(4) + data[header.crc_at + 4 :])
         if found != stored:
+            where = f"{what} of inode {owner} at sector {offsets[0][0] // SECTOR}"
             raise GuestDamaged(f"{where}: checksum is {found:08x}, recorded is {stored:08x}")
+
+    def _check_place(self, data: bytes, first: Run, header: Header, owner: int, what: str) -> None:
+        sector = self.geometry.offset_of(*first) // SECTOR
+        where = f"{what} of inode {owner} at sector {sector}"
         if data[header.uuid_at : header.uuid_at + 16] != self.geometry.meta_uuid:
             raise GuestDamaged(f"{where}: the block belongs to another filesystem")
         recorded_sector = int.from_bytes(data[header.sector_at : header.sector_at + 8], "big")
