@@ -75,7 +75,8 @@ def test_ext_is_as_the_kernel_sees_it(name: str, tmp_path: Path) -> None:
 def test_every_fsynced_file_comes_from_the_journal(kind: str, options: tuple[str, ...], tmp_path: Path) -> None:
     image, copy, point = tmp_path / "image", tmp_path / "copy", tmp_path / "mount"
     linux_images.make(image, kind, *options)
-    with linux_images.mounted(image, point, kind) as root:
+    # On ext4 without metadata checksums: those of the journal's first version.
+    with linux_images.mounted(image, point, kind, *["journal_checksum"] * (kind == "ext4")) as root:
         linux_images.change_and_copy(root, image, copy)
     with opened(copy, kind) as volume:
         ours = reader_facts(volume)

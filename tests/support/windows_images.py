@@ -167,9 +167,9 @@ def _ntfs_files(folder: Path) -> None:
     compressed.mkdir()
     # FILE_ATTRIBUTE_COMPRESSED on a directory: what is created in it is compressed.
     os.setxattr(compressed, "system.ntfs_attrib_be", (0x810).to_bytes(4, "big"))
-    (compressed / "text").write_bytes(b"".join(b"line %d of a text\n" % n for n in range(20_000)))
-    (compressed / "noise").write_bytes(noise(150_000))
-    (compressed / "mixed").write_bytes(bytes(200_000) + noise(70_000) + b"tail" * 1000)
+    (compressed / "text").write_bytes(b"".join(b"line %d of a text\n" % n for n in range(8_000)))
+    (compressed / "noise").write_bytes(noise(66_000))
+    (compressed / "mixed").write_bytes(bytes(200_000) + noise(10_000) + b"tail" * 1000)
     with (folder / "fragmented").open("wb") as file:
         for piece in range(400):
             file.seek(piece * (2 << 16))
@@ -194,8 +194,8 @@ def _ntfs_wof(folder: Path, name: str, scratch: Path) -> dict[str, bytes]:
     """A file as ``compact /exe`` leaves it: nothing but a hole, and a stream that has the content."""
     number, _, chunk = WOF[name]
     known = {}
-    for size in (chunk, 3 * chunk + 100, 200_000):
-        content = b"".join(b"%d of a file\n" % n for n in range(size))[: size - 5000] + noise(5000)
+    for size in (chunk, 3 * chunk + 100):
+        content = b"".join(b"%d of a file\n" % n for n in range(size))[: size - 1500] + noise(1500)
         content = content[:size]
         file = folder / f"{name}-{size}"
         with file.open("wb") as hole:
