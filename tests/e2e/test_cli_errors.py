@@ -327,7 +327,7 @@ def nothing_mounted(world: World) -> Call:
 
 @bad(2, "UsageError", "xbfs --help")
 def unknown_verb(_: World) -> Call:
-    return Call(["restore"])
+    return Call(["nonsense"])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

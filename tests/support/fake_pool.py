@@ -65,13 +65,11 @@ class FakePool:
         self.calls = 0
         self.before_call: Callable[[int, str], Awaitable[None]] | None = None
         host = self.db.create("host", name_label="host1", address="10.0.0.1", hostname="host1")
-        self.pool = self.db.create(
-            "pool", name_label="lab", master=host, restrictions={"restrict_cbt": "false"}, other_config={}
-        )
+        restrictions = {"restrict_cbt": "false"}
+        self.pool = self.db.create("pool", name_label="lab", master=host, restrictions=restrictions, other_config={})
         self.host = host
-        self.dom0 = self.db.create(
-            "VM", name_label="dom0", is_control_domain=True, resident_on=host, power_state="Running"
-        )
+        dom0 = {"is_control_domain": True, "resident_on": host, "power_state": "Running"}
+        self.dom0 = self.db.create("VM", name_label="dom0", **dom0)
         self.db.create("SM", type="nfs", features={"VDI_CONFIG_CBT": "1", "VDI_SNAPSHOT": "1"}, name_label="NFS")
         self.sr = self.db.create(
             "SR",
