@@ -77,14 +77,14 @@ def test_anything_at_all(data: bytes) -> None:
     walk(source)
 
 
-def walk(source: SparseSource) -> None:
+def walk(source: SparseSource, nodes: int = NODES_MAX) -> None:
     source.bytes_read = 0
     try:
         volume = open_xfs(source)
         waiting = [volume.root]
     except XbfsError:
         return
-    for _ in range(NODES_MAX):
+    for _ in range(nodes):
         if not waiting:
             break
         visit(volume, waiting.pop(), waiting)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 GOLDEN = Path(__file__).parents[1] / "golden" / "xfs"
 V5_UUID = "6ba7b810-9dad-51d1-80b4-00c04fd430c8"
 V5 = ("--unsupported", "-b", "size=1024", "-d", "agcount=2", "-i", "nrext64=1", "-m", f"rmapbt=1,uuid={V5_UUID}")
+DIRTY = ("--unsupported", "-b", "size=1024", "-d", "agcount=1", "-m", "reflink=0", "-l", "size=4m")
 V4 = ("-b", "size=1024", "-i", "size=256", "-n", "ftype=0", "-L", "golden4")
 
 
@@ -39,7 +40,7 @@ def _image(name: str) -> SparseSource:
 
 
 def image(name: str) -> SparseSource:
-    """A copy of a kept image: ``v5``, ``v4``."""
+    """A copy of a kept image: ``v5``, ``v4``, and ``dirty``, of version 5, which was in use when it was copied."""
     return _image(name).copy()
 
 
@@ -77,6 +78,14 @@ def main() -> int:
         with xfs_images.mounted(path, point, "ro") as root:
             held = kernel_facts(root, hidden=hidden)
         keep("v5", SparseSource.of_file(path), held)
+        xfs_images.make(path, *DIRTY, size_bytes=40 << 20)
+        with xfs_images.mounted(path, point) as root:
+            xfs_images.work_and_crash(root)
+        dirty = SparseSource.of_file(path)
+        with xfs_images.mounted(path, point):
+            """The kernel replays the log."""
+        with xfs_images.mounted(path, point, "ro") as root:
+            keep("dirty", dirty, kernel_facts(root, hidden=hidden))
         written = xfs_images.make_v4(path, folder, *V4)
         keep("v4", SparseSource.of_file(path), written)
     return 0

@@ -17,10 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 FICLONE = 0x40049409
+GOING_DOWN = 0x8004587D
 FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE = 1, 2
 ACL_ACCESS = bytes.fromhex("02000000 0100 0600 ffffffff 0200 0400 e8030000 0200 0600 01000080 0400 0400 ffffffff")
 ACL_ACCESS += bytes.fromhex("0800 0500 07000000 1000 0700 ffffffff 2000 0000 ffffffff")
@@ -261,3 +264,73 @@ def make_v4(path: Path, scratch: Path, *options: str, size_bytes: int = 32 << 20
 def birth_ns(path: Path) -> int:
     said = subprocess.run(["stat", "-c", "%.9W", str(path)], check=True, capture_output=True, text=True).stdout
     return int(said.strip().replace(".", "").replace(",", ""))
+
+
+def work_and_crash(root: Path, files: int = 500) -> None:
+    """Files that are each synced, and changes of names and content that are too; then everything stops at once."""
+    folder = root / "synced"
+    folder.mkdir()
+    (root / "old").write_bytes(b"old" * 1000)
+    (root / "renamed-from").write_bytes(b"renamed")
+    (root / "deleted").write_bytes(b"deleted")
+    os.sync()
+    for number in range(files):
+        with (folder / f"file{number}").open("wb") as file:
+            file.write(pattern(number))
+            file.flush()
+            os.fsync(file.fileno())
+    (root / "renamed-from").rename(root / "renamed-to")
+    (root / "deleted").unlink()
+    (folder / "deep").mkdir()
+    (folder / "link").symlink_to("t" * 900)
+    os.setxattr(folder, "user.value", pattern(3000))
+    with (root / "old").open("ab") as file:
+        file.write(b"appended")
+        file.flush()
+        os.fsync(file.fileno())
+    stop(root)
+
+
+def stop(root: Path, *, flush_log: bool = False) -> None:
+    """As if the power failed: nothing is written any more (XFS_IOC_GOINGDOWN)."""
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.ioctl(descriptor, GOING_DOWN, struct.pack("I", 1 if flush_log else 2))
+    finally:
+        os.close(descriptor)
+
+
+def churn(root: Path, seed: int, steps: int, *, reflink: bool = True) -> None:
+    """A random life of files: created, grown, cut, renamed, deleted, with attributes and shared blocks."""
+    generator = np.random.default_rng(seed)
+
+    def below(end: int) -> int:
+        return int(generator.integers(end))
+
+    alive: list[Path] = []
+    for step in range(steps):
+        folder = root / f"folder{below(6)}"
+        folder.mkdir(exist_ok=True)
+        operation = below(8 if reflink else 7) if alive else 0
+        path = alive[below(len(alive))] if alive else folder
+        if operation <= 1:
+            path = folder / f"{'name' * below(30)}{step}"
+            path.write_bytes(pattern(below(30_000)))
+            alive.append(path)
+        elif operation == 2:
+            alive.remove(path)
+            path.unlink()
+        elif operation == 3:
+            alive[alive.index(path)] = path.rename(folder / f"renamed{step}")
+        elif operation == 4:
+            os.setxattr(path, f"user.{below(5)}", pattern((5, 300, 3000, 9000)[below(4)]))
+        elif operation == 5:
+            os.truncate(path, below(1_000_000))
+        elif operation == 7:
+            with (folder / "clone").open("w+b") as clone, path.open("rb") as source:
+                fcntl.ioctl(clone, FICLONE, source.fileno())
+                os.pwrite(clone.fileno(), b"changed" * 500, below(20_000))
+        else:
+            with path.open("r+b") as file:
+                os.pwrite(file.fileno(), b"x" * 9000, below(100_000))
+                os.fsync(file.fileno())
