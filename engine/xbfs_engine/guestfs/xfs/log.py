@@ -153,8 +153,8 @@ class Log:
     def _last_sound(self, records: list[Record | None], head: int) -> Record | None:
         """The last record before the head that is whole, if those before it are; none if nothing is sound."""
         last: Record | None = None
-        following = [*(record.sector if record else None for record in records[1:]), head]
-        candidates = list(zip(records, following, strict=True))[-_RECORDS_IN_FLIGHT - 1 :]
+        starts = [record.sector if record else None for record in records]
+        candidates = list(zip(records, [*starts[1:], head], strict=False))[-_RECORDS_IN_FLIGHT - 1 :]
         for record, end in candidates:
             if record is None or (record.sector + record.sectors) % self.sectors != end:
                 break

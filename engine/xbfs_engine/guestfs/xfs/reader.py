@@ -52,12 +52,15 @@ def open_xfs(source: BlockSource) -> XfsReader:
     """
     geometry = _geometry(source)
     try:
-        reader = _replayed(source, geometry)
+        return _checked(_replayed(source, geometry))
     except (GuestDamaged, GuestUnsupported) as exc:
         reason = f"changes that only its log holds are not shown: {exc.message}"
-        reader = XfsReader(Volume(source, geometry), VolumeState.DIRTY, reason, frozenset())
+        return _checked(XfsReader(Volume(source, geometry), VolumeState.DIRTY, reason, frozenset()))
+
+
+def _checked(reader: XfsReader) -> XfsReader:
     if reader.stat(reader.root).kind is not Kind.DIRECTORY:
-        raise GuestDamaged(f"the root inode {geometry.root_inode} is no directory")
+        raise GuestDamaged("the root inode is no directory")
     return reader
 
 
