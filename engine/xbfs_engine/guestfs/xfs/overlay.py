@@ -44,12 +44,15 @@ class Overlay:
     def write_at(self, offset: int, data: bytes) -> None:
         """Replaces bytes; GuestUnsupported when that would take more memory than is allowed."""
         first, last = offset // SECTOR, -(-(offset + len(data)) // SECTOR)
-        whole = bytearray(self.read_at(first * SECTOR, (last - first) * SECTOR))
-        whole[offset - first * SECTOR : offset - first * SECTOR + len(data)] = data
+        whole = data
+        if offset % SECTOR or len(data) % SECTOR:
+            before = self.read_at(first * SECTOR, (last - first) * SECTOR)
+            inside = offset - first * SECTOR
+            whole = before[:inside] + data + before[inside + len(data) :]
         for sector in range(first, last):
             group = self._groups.setdefault(sector // _GROUP, {})
             self._count += sector not in group
-            group[sector] = bytes(whole[(sector - first) * SECTOR : (sector - first + 1) * SECTOR])
+            group[sector] = whole[(sector - first) * SECTOR : (sector - first + 1) * SECTOR]
         if self._count * SECTOR > _BYTES_MAX:
             raise GuestUnsupported(f"the log changes more than {_BYTES_MAX >> 20} MiB")
 
@@ -63,5 +66,6 @@ class Overlay:
         for group in range(first // _GROUP, -(-last // _GROUP)):
             held = self._groups.get(group)
             if held:
-                found += [(sector, data) for sector, data in held.items() if first <= sector < last]
+                inside = range(max(first, group * _GROUP), min(last, (group + 1) * _GROUP))
+                found += [(sector, held[sector]) for sector in inside if sector in held]
         return found
