@@ -11,8 +11,8 @@ import pytest
 from tests.support import linux_images
 from tests.support.guest_sources import FileSource
 from tests.support.guest_tree import first_difference, kernel_facts, reader_facts
+from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported
 from xbfs_engine.guestfs.base import VolumeState
-from xbfs_engine.guestfs.errors import GuestDamaged, GuestUnsupported
 from xbfs_engine.guestfs.explorer.btrfs import BtrfsVolume, open_btrfs
 from xbfs_engine.guestfs.explorer.ext import open_ext
 

@@ -11,8 +11,8 @@ import pytest
 from tests.support import windows_images
 from tests.support.guest_sources import FileSource
 from tests.support.guest_tree import Facts, kernel_facts, reader_facts
+from xbfs_engine.core.errors import GuestUnsupported
 from xbfs_engine.guestfs.base import Kind, VolumeState
-from xbfs_engine.guestfs.errors import GuestUnsupported
 from xbfs_engine.guestfs.explorer.exfat import open_exfat
 from xbfs_engine.guestfs.explorer.fat import open_fat
 from xbfs_engine.guestfs.explorer.ntfs import open_ntfs

@@ -9,7 +9,7 @@ from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.support import xfs_golden, xfs_seal
@@ -61,6 +61,7 @@ def test_version_4_has_nothing_that_checks_it(changes: list[tuple[int, int, byte
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 263), VALUES, st.sampled_from(["v5", "v4"]))
+@example(at=92, value=bytes(8), name="v5")
 def test_any_superblock(at: int, value: bytes, name: str) -> None:
     source = xfs_golden.image(name)
     data = source.read_at(0, 512)

@@ -12,8 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.support import guest_golden
+from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported, GuestWrongKind
 from xbfs_engine.guestfs.base import READ_BYTES_MAX
-from xbfs_engine.guestfs.errors import GuestDamaged, GuestUnsupported, GuestWrongKind
 from xbfs_engine.guestfs.explorer.volume import fit_name
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import pytest
 
 from tests.support import guest_golden
 from tests.support.xfs_images import pattern
+from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported
 from xbfs_engine.guestfs.base import VolumeState
 from xbfs_engine.guestfs.crc32c import crc32c
-from xbfs_engine.guestfs.errors import GuestDamaged, GuestUnsupported
 from xbfs_engine.guestfs.explorer.btrfs import open_btrfs
 from xbfs_engine.guestfs.explorer.exfat import open_exfat
 from xbfs_engine.guestfs.explorer.ext import open_ext

@@ -10,8 +10,8 @@ import pytest
 from tests.support import xfs_golden, xfs_log
 from tests.support.guest_tree import first_difference, reader_facts
 from tests.support.xfs_images import pattern
+from xbfs_engine.core.errors import GuestUnsupported
 from xbfs_engine.guestfs.base import VolumeState
-from xbfs_engine.guestfs.errors import GuestUnsupported
 from xbfs_engine.guestfs.xfs import overlay, replay
 from xbfs_engine.guestfs.xfs.geometry import parse_superblock
 from xbfs_engine.guestfs.xfs.log import Log

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from tests.support import xfs_golden, xfs_seal
 from tests.support.xfs_images import pattern
-from xbfs_engine.core.errors import XbfsError
+from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported, GuestWrongKind, XbfsError
 from xbfs_engine.guestfs.base import Kind, NodeId
-from xbfs_engine.guestfs.errors import GuestDamaged, GuestUnsupported, GuestWrongKind
 from xbfs_engine.guestfs.xfs.reader import XfsReader, open_xfs
 
 if TYPE_CHECKING:

@@ -32,6 +32,9 @@ XbfsError 1
 |   |-- PoolUnknown 81           |-- PoolExists 82            |-- PoolUnreachable 83 *
 |   |-- LoginRefused 84          |-- CertificateRejected 85   |-- CredentialsUnsafe 86
 |   |-- XapiFailure 87           |-- TransferFailed 88 *      `-- ObjectNotFound 89
+|-- GuestError 90
+|   |-- GuestDamaged 91          |-- GuestUnsupported 92      |-- GuestWrongKind 93
+|   |-- GuestLocked 94           |-- GuestNotFound 95         `-- GuestReaderFailed 96
 `-- Cancelled 130
 (* retryable)
 """
@@ -39,6 +42,15 @@ XbfsError 1
 from __future__ import annotations
 
 from xbfs_engine.core.errors.base import Cancelled, UsageError, XbfsError
+from xbfs_engine.core.errors.guest import (
+    GuestDamaged,
+    GuestError,
+    GuestLocked,
+    GuestNotFound,
+    GuestReaderFailed,
+    GuestUnsupported,
+    GuestWrongKind,
+)
 from xbfs_engine.core.errors.outside import (
     BitmapInvalid,
     CertificateRejected,
@@ -117,6 +129,13 @@ __all__ = [
     "DiskShrunk",
     "FormatTooNew",
     "FuseMissing",
+    "GuestDamaged",
+    "GuestError",
+    "GuestLocked",
+    "GuestNotFound",
+    "GuestReaderFailed",
+    "GuestUnsupported",
+    "GuestWrongKind",
     "ImageUnsupported",
     "IndexCorrupt",
     "IntegrityError",

@@ -29,8 +29,8 @@ from fs_explorer.filesystems.btrfs.fs import (
 )
 from fs_explorer.tree import Node
 
+from xbfs_engine.core.errors import GuestDamaged, GuestWrongKind
 from xbfs_engine.guestfs.base import Kind, NodeId, NodeStat, VolumeInfo, VolumeState, Xattr
-from xbfs_engine.guestfs.errors import GuestDamaged, GuestWrongKind
 from xbfs_engine.guestfs.explorer.btrfs_checked import checked
 from xbfs_engine.guestfs.explorer.library import VolumeBytes, guarded, make_context
 from xbfs_engine.guestfs.explorer.volume import KINDS, ExplorerVolume, Found, Opened

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final
 from fs_explorer.errors import CorruptDataError
 from fs_explorer.filesystems.exfat import ExFATTree, _Ref, _set_at, parse_boot
 
+from xbfs_engine.core.errors import GuestWrongKind
 from xbfs_engine.guestfs.base import Kind, NodeId, NodeStat, VolumeInfo, VolumeState
-from xbfs_engine.guestfs.errors import GuestWrongKind
 from xbfs_engine.guestfs.explorer.library import VolumeBytes, guarded, make_context
 from xbfs_engine.guestfs.explorer.volume import ExplorerVolume, Found, Opened, plain_stat, wtf8
 

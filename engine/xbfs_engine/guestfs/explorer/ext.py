@@ -11,9 +11,9 @@ from fs_explorer.errors import CorruptDataError, UnsupportedFormatError
 from fs_explorer.filesystems.ext import FL_ENCRYPT, FL_INLINE_DATA, ROOT_INO, ExtFS
 from fs_explorer.tree import Node
 
+from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported, GuestWrongKind
 from xbfs_engine.guestfs import acl
 from xbfs_engine.guestfs.base import XATTR_BYTES_MAX, Kind, NodeId, NodeStat, VolumeInfo, Xattr
-from xbfs_engine.guestfs.errors import GuestDamaged, GuestUnsupported, GuestWrongKind
 from xbfs_engine.guestfs.explorer.library import VolumeBytes, guarded, make_context
 from xbfs_engine.guestfs.explorer.volume import KINDS, ExplorerVolume, Found, Opened
 from xbfs_engine.guestfs.ext.replay import replay

@@ -21,8 +21,8 @@ from fs_explorer.filesystems.fat import (
     parse_bpb,
 )
 
+from xbfs_engine.core.errors import GuestDamaged, GuestWrongKind
 from xbfs_engine.guestfs.base import Kind, NodeId, NodeStat, VolumeInfo, VolumeState
-from xbfs_engine.guestfs.errors import GuestDamaged, GuestWrongKind
 from xbfs_engine.guestfs.explorer.library import VolumeBytes, guarded, make_context
 from xbfs_engine.guestfs.explorer.volume import ExplorerVolume, Found, Opened, plain_stat, wtf8
 

@@ -17,8 +17,7 @@ from fs_explorer.io.source import CachedRA, RandomAccess
 from fs_explorer.io.stats import Stats
 from fs_explorer.tree import Context
 
-from xbfs_engine.core.errors import XbfsError
-from xbfs_engine.guestfs.errors import GuestDamaged, GuestUnsupported, GuestWrongKind
+from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported, GuestWrongKind, XbfsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -39,8 +39,8 @@ from fs_explorer.filesystems.ntfs import (
 from fs_explorer.io.view import BufferRA
 from fs_explorer.tree import Node
 
+from xbfs_engine.core.errors import GuestDamaged, GuestWrongKind
 from xbfs_engine.guestfs.base import XATTR_BYTES_MAX, DirEntry, Kind, NodeId, NodeStat, VolumeInfo, VolumeState, Xattr
-from xbfs_engine.guestfs.errors import GuestDamaged, GuestWrongKind
 from xbfs_engine.guestfs.explorer.library import VolumeBytes, guarded, make_context
 from xbfs_engine.guestfs.explorer.ntfs_tree import CheckedTree, Descriptors, Reparse
 from xbfs_engine.guestfs.explorer.volume import ExplorerVolume, Found, Opened, wtf8

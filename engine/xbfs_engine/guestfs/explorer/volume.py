@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from fs_explorer.entry import EntryType
 
+from xbfs_engine.core.errors import GuestDamaged, GuestWrongKind
 from xbfs_engine.guestfs.base import (
     NAME_BYTES_MAX,
     READ_BYTES_MAX,
@@ -25,7 +26,6 @@ from xbfs_engine.guestfs.base import (
     VolumeInfo,
     Xattr,
 )
-from xbfs_engine.guestfs.errors import GuestDamaged, GuestWrongKind
 from xbfs_engine.guestfs.explorer.library import guarded, steps
 
 if TYPE_CHECKING:

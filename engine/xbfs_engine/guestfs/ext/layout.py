@@ -9,8 +9,8 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported
 from xbfs_engine.guestfs.crc32c import crc32c
-from xbfs_engine.guestfs.errors import GuestDamaged, GuestUnsupported
 
 if TYPE_CHECKING:
     from xbfs_engine.formats.source import BlockSource

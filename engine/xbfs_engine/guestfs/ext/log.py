@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
+from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported
 from xbfs_engine.guestfs.crc32c import crc32c, crc32c_rows
-from xbfs_engine.guestfs.errors import GuestDamaged, GuestUnsupported
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

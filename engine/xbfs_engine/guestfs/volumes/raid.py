@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from xbfs_engine.guestfs.errors import GuestDamaged, GuestUnsupported
+from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported
 from xbfs_engine.guestfs.volumes.md import ROLE_NONE, MdMember
 from xbfs_engine.guestfs.volumes.sources import Chain, Copies, Derived, Except, Slice, Stripes, read_first
 

@@ -10,8 +10,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
-from xbfs_engine.core.errors import XbfsError
-from xbfs_engine.guestfs.errors import GuestDamaged
+from xbfs_engine.core.errors import GuestDamaged, XbfsError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

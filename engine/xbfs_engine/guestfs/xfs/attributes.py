@@ -9,9 +9,9 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Final
 
+from xbfs_engine.core.errors import GuestDamaged
 from xbfs_engine.guestfs import acl
 from xbfs_engine.guestfs.base import XATTR_BYTES_MAX, Xattr
-from xbfs_engine.guestfs.errors import GuestDamaged
 from xbfs_engine.guestfs.xfs.extents import runs_of
 from xbfs_engine.guestfs.xfs.inodes import FORMAT_LOCAL
 from xbfs_engine.guestfs.xfs.names import block_magic, find_leaf, forward

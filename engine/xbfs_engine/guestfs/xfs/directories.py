@@ -11,8 +11,8 @@ import struct
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from xbfs_engine.core.errors import GuestDamaged
 from xbfs_engine.guestfs.base import Kind
-from xbfs_engine.guestfs.errors import GuestDamaged
 from xbfs_engine.guestfs.xfs.extents import extents, runs_of
 from xbfs_engine.guestfs.xfs.inodes import FORMAT_LOCAL
 from xbfs_engine.guestfs.xfs.names import block_magic, find_leaf, forward, name_hash

@@ -9,7 +9,7 @@ import struct
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from xbfs_engine.guestfs.errors import GuestDamaged
+from xbfs_engine.core.errors import GuestDamaged
 from xbfs_engine.guestfs.xfs.inodes import FORMAT_BTREE, FORMAT_EXTENTS
 from xbfs_engine.guestfs.xfs.volume import EXTENT_HEADER
 

@@ -11,8 +11,8 @@ import struct
 from typing import Final, NamedTuple
 from uuid import UUID
 
+from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported
 from xbfs_engine.guestfs.crc32c import crc32c
-from xbfs_engine.guestfs.errors import GuestDamaged, GuestUnsupported
 
 SECTOR: Final = 512
 SUPERBLOCK_BYTES: Final = 264

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
+from xbfs_engine.core.errors import GuestDamaged
 from xbfs_engine.guestfs.base import Kind
 from xbfs_engine.guestfs.crc32c import crc32c_rows
-from xbfs_engine.guestfs.errors import GuestDamaged
 from xbfs_engine.guestfs.xfs.volume import Lru
 
 if TYPE_CHECKING:

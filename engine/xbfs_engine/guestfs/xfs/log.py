@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
+from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported
 from xbfs_engine.guestfs.crc32c import crc32c
-from xbfs_engine.guestfs.errors import GuestDamaged, GuestUnsupported
 from xbfs_engine.guestfs.xfs.geometry import SECTOR
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ class Log:
     def __init__(self, source: BlockSource, geometry: Geometry) -> None:
         if not geometry.log_block:
             raise GuestUnsupported("the log is on another device")
+        if not geometry.log_blocks:
+            raise GuestDamaged("log: the superblock gives it no blocks")
         self._source = source
         self._start = geometry.offset_of(geometry.log_block, geometry.log_blocks)
         self._uuid = geometry.uuid.bytes

@@ -9,7 +9,7 @@ import struct
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Final
 
-from xbfs_engine.guestfs.errors import GuestDamaged
+from xbfs_engine.core.errors import GuestDamaged
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from xbfs_engine.guestfs.errors import GuestUnsupported
+from xbfs_engine.core.errors import GuestUnsupported
 from xbfs_engine.guestfs.xfs.geometry import SECTOR
 
 if TYPE_CHECKING:

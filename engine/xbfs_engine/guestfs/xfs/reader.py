@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
+from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported, GuestWrongKind
 from xbfs_engine.guestfs.base import (
     READ_BYTES_MAX,
     DirEntry,
@@ -15,7 +16,6 @@ from xbfs_engine.guestfs.base import (
     VolumeInfo,
     VolumeState,
 )
-from xbfs_engine.guestfs.errors import GuestDamaged, GuestUnsupported, GuestWrongKind
 from xbfs_engine.guestfs.xfs.attributes import attributes
 from xbfs_engine.guestfs.xfs.directories import Directory
 from xbfs_engine.guestfs.xfs.extents import Extent, extents

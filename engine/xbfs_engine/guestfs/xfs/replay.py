@@ -13,7 +13,7 @@ import struct
 from collections import Counter
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from xbfs_engine.guestfs.errors import GuestDamaged, GuestUnsupported
+from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported
 from xbfs_engine.guestfs.xfs.geometry import SECTOR
 from xbfs_engine.guestfs.xfs.inode_items import replay_inode
 from xbfs_engine.guestfs.xfs.overlay import Overlay

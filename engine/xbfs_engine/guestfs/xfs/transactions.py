@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from xbfs_engine.guestfs.errors import GuestDamaged
+from xbfs_engine.core.errors import GuestDamaged
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

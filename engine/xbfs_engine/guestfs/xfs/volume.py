@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 
+from xbfs_engine.core.errors import GuestDamaged
 from xbfs_engine.guestfs.crc32c import crc32c
-from xbfs_engine.guestfs.errors import GuestDamaged
 from xbfs_engine.guestfs.xfs.geometry import SECTOR
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import ECB, XTS
 
+from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported
 from xbfs_engine.core.limits import KIB
-from xbfs_engine.guestfs.errors import GuestDamaged, GuestUnsupported
 from xbfs_engine.guestfs.volumes.sources import Derived
 
 if TYPE_CHECKING:

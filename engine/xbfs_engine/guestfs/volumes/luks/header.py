@@ -14,9 +14,8 @@ import json
 import struct
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
-from xbfs_engine.core.errors import XbfsError
+from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported, XbfsError
 from xbfs_engine.core.limits import KIB, MIB
-from xbfs_engine.guestfs.errors import GuestDamaged, GuestUnsupported
 from xbfs_engine.guestfs.volumes.luks.crypt import SECTOR
 
 if TYPE_CHECKING:

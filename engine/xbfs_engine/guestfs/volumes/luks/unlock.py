@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2i, Argon2id
 
+from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported
 from xbfs_engine.core.limits import GIB, KIB, MIB
-from xbfs_engine.guestfs.errors import GuestDamaged, GuestUnsupported
 from xbfs_engine.guestfs.volumes.luks.crypt import SECTOR, CipherSpec, CryptSource, SectorCipher
 from xbfs_engine.guestfs.volumes.sources import Slice
 

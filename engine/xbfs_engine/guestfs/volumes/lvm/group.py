@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from xbfs_engine.core.errors import XbfsError
-from xbfs_engine.guestfs.errors import GuestDamaged, GuestUnsupported
+from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported, XbfsError
 from xbfs_engine.guestfs.volumes.lvm.legs import mirror_is_in_sync, trusted_legs
 from xbfs_engine.guestfs.volumes.lvm.thin import ThinPool
 from xbfs_engine.guestfs.volumes.raid import Raid10

@@ -9,8 +9,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from xbfs_engine.core.errors import XbfsError
-from xbfs_engine.guestfs.errors import GuestDamaged
+from xbfs_engine.core.errors import GuestDamaged, XbfsError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Final, NamedTuple
 
-from xbfs_engine.guestfs.errors import GuestDamaged
+from xbfs_engine.core.errors import GuestDamaged
 from xbfs_engine.guestfs.volumes.lvm.text import Section, parse_lvm_text
 
 _SECTOR: Final = 512

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Final, TypeAlias
 
-from xbfs_engine.guestfs.errors import GuestDamaged
+from xbfs_engine.core.errors import GuestDamaged
 
 Scalar: TypeAlias = int | str
 Value: TypeAlias = "Scalar | list[Scalar] | Section"

@@ -12,9 +12,9 @@ from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported
 from xbfs_engine.core.limits import GIB, KIB
 from xbfs_engine.guestfs.crc32c import crc32c
-from xbfs_engine.guestfs.errors import GuestDamaged, GuestUnsupported
 from xbfs_engine.guestfs.volumes.sources import Derived
 
 if TYPE_CHECKING:
