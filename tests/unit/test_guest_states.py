@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import guest_golden
 from tests.support.xfs_images import pattern
-from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported
+from xbfs_engine.core.errors import GuestDamaged, GuestLocked, GuestUnsupported
 from xbfs_engine.guestfs.base import VolumeState
 from xbfs_engine.guestfs.crc32c import crc32c
 from xbfs_engine.guestfs.explorer.btrfs import open_btrfs
@@ -92,7 +92,7 @@ def test_encrypted_files_are_refused() -> None:
         source.write_at(at, struct.pack("<I", 0x4020))
         fresh = open_ntfs(source)
         assert fresh.stat(node_of(fresh, path)).size_bytes == int(path.removeprefix("files/of"))
-        with pytest.raises(GuestUnsupported, match="EFS"):
+        with pytest.raises(GuestLocked, match="EFS"):
             fresh.read(node_of(fresh, path), 0, 100)
 
 

@@ -7,14 +7,14 @@ import uuid
 from typing import TYPE_CHECKING, Final
 
 from fs_explorer.entry import EntryType
-from fs_explorer.errors import CorruptDataError, UnsupportedFormatError
-from fs_explorer.filesystems.ext import FL_ENCRYPT, FL_INLINE_DATA, ROOT_INO, ExtFS
+from fs_explorer.errors import CorruptDataError
+from fs_explorer.filesystems.ext import FL_ENCRYPT, FL_INLINE_DATA, INCOMPAT_META_BG, ROOT_INO, ExtFS
 from fs_explorer.tree import Node
 
-from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported, GuestWrongKind
+from xbfs_engine.core.errors import GuestDamaged, GuestWrongKind
 from xbfs_engine.guestfs import acl
 from xbfs_engine.guestfs.base import XATTR_BYTES_MAX, Kind, NodeId, NodeStat, VolumeInfo, Xattr
-from xbfs_engine.guestfs.explorer.library import VolumeBytes, guarded, make_context
+from xbfs_engine.guestfs.explorer.library import VolumeBytes, encrypted, guarded, make_context
 from xbfs_engine.guestfs.explorer.volume import KINDS, ExplorerVolume, Found, Opened
 from xbfs_engine.guestfs.ext.replay import replay
 
@@ -25,7 +25,15 @@ if TYPE_CHECKING:
 
     from xbfs_engine.formats.source import BlockSource
 
+_SUPERBLOCK_OFFSET: Final = 1024
+_LOG_BLOCK_AT: Final = 0x18
+_LOG_CLUSTER_AT: Final = 0x1C
+_BLOCKS_PER_GROUP_AT: Final = 0x20
+_RO_COMPAT_AT: Final = 0x64
+"""Fields of the superblock (super.rst)."""
 _RO_COMPAT_BIGALLOC: Final = 0x200
+_LOG_CLUSTER_MAX: Final = 20
+"""Clusters have up to 2^29 bytes (EXT2_MAX_CLUSTER_LOG_SIZE), blocks at least 2^10; more is refused by groups' size."""
 
 _FILE_TYPES: Final = {
     1: Kind.FILE,
@@ -42,7 +50,32 @@ _ACL_VERSION: Final = 1
 
 
 class _Tree(ExtFS):
-    """The library's reader, which allocates what an attribute claims."""
+    """The library's reader, which allocates what an attribute claims and takes groups of clusters for impossible."""
+
+    def _parse_super(self, sb: bytes) -> None:
+        """With bigalloc only bitmaps count in clusters; a group has as many blocks as its clusters hold."""
+        group_blocks, _, group_inodes = struct.unpack_from("<3I", sb, _BLOCKS_PER_GROUP_AT)
+        cluster = struct.unpack_from("<I", sb, _LOG_CLUSTER_AT)[0] - struct.unpack_from("<I", sb, _LOG_BLOCK_AT)[0]
+        bigalloc = struct.unpack_from("<I", sb, _RO_COMPAT_AT)[0] & _RO_COMPAT_BIGALLOC
+        if not bigalloc:
+            super()._parse_super(sb)
+            return
+        if not 0 <= cluster <= _LOG_CLUSTER_MAX or group_blocks & (1 << cluster) - 1:
+            raise CorruptDataError(f"ext: groups of {group_blocks} blocks in clusters of {1 << max(0, cluster)}")
+        # The library checks the size of a group against that of a bitmap: it has as many bits as there are clusters.
+        clusters = struct.pack("<I", group_blocks >> cluster)
+        super()._parse_super(sb[:_BLOCKS_PER_GROUP_AT] + clusters + sb[_BLOCKS_PER_GROUP_AT + 4 :])
+        self.blocks_per_group = group_blocks
+        self.groups = -(-(self.blocks_count - self.first_data_block) // group_blocks)
+        if self.inodes_count > self.groups * group_inodes:
+            raise CorruptDataError("ext: there are more inodes than the groups hold")
+
+    def _desc_block_no(self, idx: int) -> int:
+        """With clusters and blocks of 1 KiB groups begin at block 0, although the superblock is in block 1."""
+        number = super()._desc_block_no(idx)
+        in_meta_group = self.incompat & INCOMPAT_META_BG and idx >= self.first_meta_bg
+        shifted = self.bs == _SUPERBLOCK_OFFSET and not self.first_data_block and (idx == 0 or not in_meta_group)
+        return number + shifted
 
     def _xattr_value(self, v: bytes | tuple[str, int, int]) -> bytes:
         if not isinstance(v, bytes) and v[2] > XATTR_BYTES_MAX:
@@ -56,8 +89,6 @@ def open_ext(source: BlockSource) -> ExtVolume:
     context = make_context()
     with guarded():
         volume = VolumeBytes(replayed.source, context.cache)
-        if struct.unpack("<I", volume.read_exact(1024 + 0x64, 4))[0] & _RO_COMPAT_BIGALLOC:
-            raise GuestUnsupported("ext4 with bigalloc is not read")
         tree = _Tree(volume, context)
         tree.root()
         return ExtVolume(
@@ -84,6 +115,7 @@ class ExtVolume(ExplorerVolume):
         inode = self._inode(node)
         if inode.type != EntryType.DIR:
             raise GuestWrongKind(f"inode {inode.ino} is no directory")
+        _refuse_encrypted(inode)
         for name, number, file_type in self._tree._dirents(inode):
             yield Found(name, _id(number), _FILE_TYPES.get(file_type, Kind.UNKNOWN))
 
@@ -126,6 +158,7 @@ class ExtVolume(ExplorerVolume):
         inode = self._inode(node)
         if inode.type != EntryType.FILE:
             raise GuestWrongKind(f"inode {inode.ino} is no file")
+        _refuse_encrypted(inode)
         data = self._tree._data_ra(inode)
         if data.size != inode.size:
             raise GuestDamaged(f"inode {inode.ino} of {inode.size} bytes holds {data.size}")
@@ -135,8 +168,7 @@ class ExtVolume(ExplorerVolume):
         inode = self._inode(node)
         if inode.type != EntryType.SYMLINK:
             raise GuestWrongKind(f"inode {inode.ino} is no symlink")
-        if inode.flags & FL_ENCRYPT:
-            raise UnsupportedFormatError(None, f"the target of symlink {inode.ino} is encrypted")
+        _refuse_encrypted(inode)
         return self._tree._symlink(inode).encode("utf-8", "surrogateescape")
 
     def _xattrs(self, node: NodeId) -> Iterator[Xattr]:
@@ -158,6 +190,11 @@ def _id(number: int) -> NodeId:
 
 def _number(node: NodeId) -> int:
     return int.from_bytes(node, "big")
+
+
+def _refuse_encrypted(inode: _Inode) -> None:
+    if inode.flags & FL_ENCRYPT:
+        raise encrypted(f"inode {inode.ino} is encrypted by fscrypt")
 
 
 def _device(inode: _Inode) -> tuple[int, int]:

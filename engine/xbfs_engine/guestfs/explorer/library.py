@@ -17,7 +17,7 @@ from fs_explorer.io.source import CachedRA, RandomAccess
 from fs_explorer.io.stats import Stats
 from fs_explorer.tree import Context
 
-from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported, GuestWrongKind, XbfsError
+from xbfs_engine.core.errors import GuestDamaged, GuestLocked, GuestUnsupported, GuestWrongKind, XbfsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,6 +59,11 @@ class VolumeBytes(CachedRA):
         if n > _PIECE_BYTES_MAX:
             raise CorruptDataError(f"a structure of {n} bytes")
         return super().read_at(off, n)
+
+
+def encrypted(what: str) -> GuestLocked:
+    """The error for a file that the guest encrypted by itself, on a volume that is open."""
+    return GuestLocked(what, hint="read it with the guest's own system: its users' keys are not kept on the volume")
 
 
 def make_context() -> Context:

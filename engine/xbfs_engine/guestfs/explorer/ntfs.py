@@ -17,10 +17,12 @@ from fs_explorer.filesystems.ntfs import (
     AT_DATA,
     AT_FILE_NAME,
     AT_INDEX_ROOT,
+    AT_LOGGED_UTILITY_STREAM,
     AT_STANDARD_INFORMATION,
     ATTR_COMPRESSED,
     ATTR_ENCRYPTED,
     ATTR_SPARSE,
+    FILE_ATTRIBUTE_ENCRYPTED,
     FILE_ATTRIBUTE_READONLY,
     FILE_ATTRIBUTE_REPARSE_POINT,
     FILE_ATTRIBUTE_SYSTEM,
@@ -41,7 +43,7 @@ from fs_explorer.tree import Node
 
 from xbfs_engine.core.errors import GuestDamaged, GuestWrongKind
 from xbfs_engine.guestfs.base import XATTR_BYTES_MAX, DirEntry, Kind, NodeId, NodeStat, VolumeInfo, VolumeState, Xattr
-from xbfs_engine.guestfs.explorer.library import VolumeBytes, guarded, make_context
+from xbfs_engine.guestfs.explorer.library import VolumeBytes, encrypted, guarded, make_context
 from xbfs_engine.guestfs.explorer.ntfs_tree import CheckedTree, Descriptors, Reparse
 from xbfs_engine.guestfs.explorer.volume import ExplorerVolume, Found, Opened, wtf8
 
@@ -186,6 +188,7 @@ class NtfsVolume(ExplorerVolume):
         file = self._file(node)
         stream = self._stream(file, node)
         if stream is not None:
+            _refuse_encrypted(file, stream)
             return Opened(self._tree._attr_ra(stream), self._tree.data_ranges(stream))
         if self._what(file, _attributes(file)).kind is not Kind.FILE:
             raise GuestWrongKind(f"record {file.recno} is no file")
@@ -193,6 +196,7 @@ class NtfsVolume(ExplorerVolume):
         reparse = self._tree.reparse(file)
         if data is None or not data.size:
             return Opened(BufferRA(b""), None)
+        _refuse_encrypted(file, data)
         if reparse is not None and reparse.tag != TAG_WOF:
             raise UnsupportedFormatError(
                 None, f"the content of record {file.recno} is kept elsewhere (tag {reparse.tag:#x})"
@@ -200,7 +204,6 @@ class NtfsVolume(ExplorerVolume):
         packed = reparse is not None
         if packed:
             self._tree.check_compressed_file(file)
-        # Refuses encrypted ones.
         opened = self._tree.open_file(Node("", EntryType.FILE, ref=(file.recno, file.seq)))
         return Opened(opened, None if packed else self._tree.data_ranges(data))  # type: ignore[arg-type]
 
@@ -330,6 +333,14 @@ def _attributes(file: _File) -> int:
     if information is None or len(information.value) < _STANDARD_INFORMATION.size:
         return 0
     return int(_STANDARD_INFORMATION.unpack_from(information.value)[4])
+
+
+def _refuse_encrypted(file: _File, data: _Attr) -> None:
+    whole = not data.name and (
+        _attributes(file) & FILE_ATTRIBUTE_ENCRYPTED or file.find(AT_LOGGED_UTILITY_STREAM, "$EFS") is not None
+    )
+    if data.flags & ATTR_ENCRYPTED or whole:
+        raise encrypted(f"record {file.recno} is encrypted by EFS")
 
 
 def _streams(file: _File) -> Iterator[_Attr]:

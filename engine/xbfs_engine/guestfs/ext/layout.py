@@ -42,7 +42,6 @@ class Superblock(NamedTuple):
 
     block_bytes: int
     blocks: int
-    first_data_block: int
     inode_bytes: int
     inodes_per_group: int
     descriptor_bytes: int
@@ -80,7 +79,6 @@ def read_superblock(source: BlockSource) -> Superblock:
     sb = Superblock(
         block_bytes=1024 << log_block,
         blocks=u32(raw, 0x4)[0] | (u32(raw, 0x150)[0] << 32 if wide else 0),
-        first_data_block=u32(raw, 0x14)[0],
         inode_bytes=u16(raw, 0x58)[0] if u32(raw, 0x4C)[0] else 128,
         inodes_per_group=u32(raw, 0x28)[0],
         descriptor_bytes=u16(raw, 0xFE)[0] if wide else 32,
@@ -126,8 +124,9 @@ def _inode(source: BlockSource, sb: Superblock, number: int) -> bytes:
     if group >= per_block:
         raise GuestUnsupported(f"the journal is inode {number}, outside the first groups")
     blocks = _Blocks(source, sb)
-    # The first block of descriptors follows the superblock, with meta_bg too.
-    descriptor = blocks.read(sb.first_data_block + 1)[group * sb.descriptor_bytes :]
+    # The first block of descriptors follows the superblock, with meta_bg too; s_first_data_block does not tell with
+    # clusters.
+    descriptor = blocks.read(SUPERBLOCK_OFFSET // sb.block_bytes + 1)[group * sb.descriptor_bytes :]
     table = struct.unpack_from("<I", descriptor, 8)[0]
     if sb.descriptor_bytes >= 64:
         table |= struct.unpack_from("<I", descriptor, 0x28)[0] << 32
