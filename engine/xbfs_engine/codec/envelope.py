@@ -48,6 +48,7 @@ class ObjectKind(IntEnum):
     METADATA_PACK = 2
     INDEX = 3
     MANIFEST = 4
+    FILE_INDEX = 5
 
 
 class OpenedHeader(NamedTuple):
