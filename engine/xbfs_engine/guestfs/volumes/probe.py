@@ -1,8 +1,8 @@
 """What a device holds, by the marks it bears: containers of other devices first, then filesystems.
 
 Owns the order in which marks count, since old ones are often left behind by what came later. The order is blkid's:
-what is found at the end of a device (md) or around others (LVM, LUKS) before filesystems. Pure; hostile devices give
-some Signature; only the source's own errors come through.
+what is found at the end of a device (md) or around others (LUKS, BitLocker, LVM) before filesystems. Pure; hostile
+devices give some Signature; only the source's own errors come through.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import struct
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from xbfs_engine.core.errors import XbfsError
+from xbfs_engine.guestfs.volumes.bitlocker import BitLockerHeader, find_bitlocker
 from xbfs_engine.guestfs.volumes.luks import LuksHeader, find_luks
 from xbfs_engine.guestfs.volumes.lvm.label import PvLabel, find_lvm_label
 from xbfs_engine.guestfs.volumes.md import MdMember, find_md
@@ -28,7 +29,6 @@ _Found = TypeVar("_Found")
 UNKNOWN: Final = "unknown"
 
 _MARKS: Final = (
-    ("BitLocker", 3, b"-FVE-FS-"),
     ("bcache", 4096 + 24, bytes.fromhex("c68573f64e1a45ca8265f57f48ba6d81")),
     ("stratis", 512 + 4, b"!Stra0tis\x86\xff\x02^\x41rh"),
     ("vdo", 0, b"dmvdo001"),
@@ -60,16 +60,17 @@ _SECTOR: Final = 512
 
 
 class Probe(NamedTuple):
-    """What a device holds; at most one of the last three, if it is a part or a wrapping of something."""
+    """What a device holds; at most one of the last four, if it is a part or a wrapping of something."""
 
     signature: Signature
     md: MdMember | None = None
     lvm: PvLabel | None = None
     luks: LuksHeader | None = None
+    bitlocker: BitLockerHeader | None = None
 
 
 def probe(source: BlockSource) -> Probe:
-    """Look at a device: at most about 0.5 MiB of it, more only for a LUKS header."""
+    """Look at a device: at most about 0.5 MiB of it, more only for a header of LUKS or BitLocker."""
     if source.size_bytes < _SECTOR:
         return Probe(Signature(UNKNOWN, note=f"it has {source.size_bytes} bytes only"))
     member = _if_readable(find_md, source)
@@ -78,6 +79,9 @@ def probe(source: BlockSource) -> Probe:
     luks = find_luks(source)
     if luks is not None:
         return Probe(Signature("crypto_LUKS", luks.label, luks.uuid, note="; ".join(luks.notes)), luks=luks)
+    bitlocker = find_bitlocker(source)
+    if bitlocker is not None:
+        return Probe(Signature("BitLocker", bitlocker.label, bitlocker.uuid), bitlocker=bitlocker)
     label = find_lvm_label(source)
     if label is not None:
         return Probe(Signature("LVM2_member", "", label.uuid, label.size_bytes), lvm=label)

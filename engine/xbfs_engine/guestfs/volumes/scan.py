@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xbfs_engine.core.errors import XbfsError
 from xbfs_engine.formats.partitions import SECTOR_SIZE_4KN, PartitionTable, read_partitions
-from xbfs_engine.guestfs.volumes.luks import unlock
+from xbfs_engine.guestfs.volumes.encrypted import attempt
 from xbfs_engine.guestfs.volumes.lvm.group import VolumeGroup
 from xbfs_engine.guestfs.volumes.lvm.label import PvLabel, read_metadata
 from xbfs_engine.guestfs.volumes.lvm.metadata import VgMetadata, parse_metadata
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from xbfs_engine.formats.partitions import Partition
     from xbfs_engine.formats.source import BlockSource
+    from xbfs_engine.guestfs.volumes.bitlocker import BitLockerHeader
+    from xbfs_engine.guestfs.volumes.luks import LuksHeader
 
 _VOLUMES_MAX: Final = 4096
 """More are not looked at: no VM has so many, and each costs reads."""
@@ -183,16 +185,15 @@ class _Scan:
             self._row(device, _NOTHING, VolumeStatus.UNREADABLE, _passable(error))
             return
         kind = found.signature.kind
-        if found.luks is not None:
-            self._unlock(device, found)
+        encrypted = found.luks or found.bitlocker
+        if encrypted is not None:
+            self._unlock(device, found, encrypted)
         elif found.md is not None:
             self._arrays.setdefault(found.md.array_uuid, []).append(_Member(found.md, device))
             self._row(device, found, VolumeStatus.PART, f"it is a member of array {_array_name(found.md)}")
         elif found.lvm is not None:
             self._physical.append(_Physical(found.lvm, device, len(self._rows)))
             self._row(device, found, VolumeStatus.PART, "")
-        elif kind == "BitLocker":
-            self._row(device, found, VolumeStatus.LOCKED, "BitLocker volumes are not unlocked here")
         elif kind in _CLOSED:
             self._row(device, found, VolumeStatus.UNREADABLE, f"{kind} is not read here")
         elif kind in _NO_FILES:
@@ -223,26 +224,17 @@ class _Scan:
             )
         )  # fmt: skip
 
-    def _unlock(self, device: _Device, found: Probe) -> None:
+    def _unlock(self, device: _Device, found: Probe, header: LuksHeader | BitLockerHeader) -> None:
         """Look into an encrypted device, or list it as locked."""
-        header = found.luks
-        assert header is not None
-        if header.problem:
-            self._row(device, found, VolumeStatus.UNREADABLE, header.problem)
+        names = ("", device.name, header.uuid)
+        secrets = [key.secret for key in self._keys if key.volume in names or key.volume.lower() == header.uuid]
+        plain, status, words = attempt(device.source, header, secrets)
+        if plain is None:
+            self._row(device, found, status, words)
             return
-        keys = [key for key in self._keys if key.volume in ("", device.name, header.uuid)]
-        for key in keys:
-            try:
-                plain = unlock(device.source, header, key.secret)
-            except XbfsError as error:
-                self._row(device, found, VolumeStatus.UNREADABLE, _passable(error))
-                return
-            if plain is not None:
-                inner = replace(device, source=plain, within=(*device.within, "crypto_LUKS"))
-                self._look(inner)
-                return
-        reason = "no key that was given opens it" if keys else "it is encrypted and no key was given"
-        self._row(device, found, VolumeStatus.LOCKED, reason)
+        within = (*device.within, found.signature.kind)
+        note = "; ".join(filter(None, (device.note, words)))
+        self._look(replace(device, source=plain, within=within, note=note))
 
     def assemble_arrays(self) -> bool:
         """Put together each array that was not yet; whether there was one."""

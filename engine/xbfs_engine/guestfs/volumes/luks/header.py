@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported, XbfsError
 from xbfs_engine.core.limits import KIB, MIB
-from xbfs_engine.guestfs.volumes.luks.crypt import SECTOR
+from xbfs_engine.guestfs.volumes.crypt import SECTOR
 
 if TYPE_CHECKING:
     from xbfs_engine.formats.source import BlockSource

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Final
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2i, Argon2id
 
-from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported
+from xbfs_engine.core.errors import GuestDamaged, GuestLocked, GuestUnsupported
 from xbfs_engine.core.limits import GIB, KIB, MIB
-from xbfs_engine.guestfs.volumes.luks.crypt import SECTOR, CipherSpec, CryptSource, SectorCipher
+from xbfs_engine.guestfs.volumes.crypt import SECTOR, CipherSpec, CryptSource, SectorCipher
 from xbfs_engine.guestfs.volumes.sources import Slice
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ _DIGEST_BYTES: Final = range(16, 65)
 def unlock(source: BlockSource, header: LuksHeader, secret: bytes) -> BlockSource | None:
     """The plaintext of a volume, or None if ``secret`` opens none of its key slots.
 
-    GuestUnsupported or GuestDamaged if no secret could open it.
+    GuestLocked: it opens none, but not all of them could be tried. GuestUnsupported or GuestDamaged if no secret could
+    open it.
     """
     if header.problem:
         raise GuestUnsupported(header.problem)
@@ -60,6 +61,8 @@ def unlock(source: BlockSource, header: LuksHeader, secret: bytes) -> BlockSourc
             return _plaintext(source, header, key)
     if not tried:
         raise refused or GuestUnsupported("no key slot takes a passphrase")
+    if refused is not None:
+        raise GuestLocked(f"not every key slot could be tried: {refused.message}") from refused
     return None
 
 

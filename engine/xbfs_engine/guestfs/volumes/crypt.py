@@ -1,8 +1,8 @@
-"""Decryption of dm-crypt's sectors: AES in XTS or CBC mode, each sector for itself.
+"""Decryption of disks' sectors as dm-crypt names it: AES in XTS or CBC mode, each sector for itself.
 
 Owns the modes and how the initial vector comes from the sector's number (Linux ``drivers/md/dm-crypt.c``: plain,
-plain64, essiv). Runs of small sectors go through AES in one call and numpy does the rest, which is several times as
-fast as a call each. Stateless after making, so callable from any thread.
+plain64, essiv for LUKS; eboiv and elephant for BitLocker). Runs of small sectors go through AES in one call and numpy
+does the rest, which is several times as fast as a call each. Stateless after making, so callable from any thread.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.ciphers.modes import ECB, XTS
 
 from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported
 from xbfs_engine.core.limits import KIB
+from xbfs_engine.guestfs.volumes.elephant import undiffuse
 from xbfs_engine.guestfs.volumes.sources import Derived
 
 if TYPE_CHECKING:
@@ -29,6 +30,12 @@ _AES_BLOCK: Final = 16
 _RUN: Final = 64 * KIB
 """Decrypted at once, so that what numpy makes of it stays in the processor's cache; a multiple of any sector."""
 
+_DIFFUSED_RUN: Final = 512 * KIB
+"""The diffuser goes through thousands of small steps, whatever the length: longer runs are better for it."""
+
+_MARK: Final = np.uint64(1 << 63)
+"""In the last byte of a sector's number for the second half of its key (Ferguson, "AES-CBC + Elephant diffuser")."""
+
 
 class CipherSpec(NamedTuple):
     """A cipher as dm-crypt names it: ``aes-xts-plain64``."""
@@ -36,11 +43,14 @@ class CipherSpec(NamedTuple):
     mode: str
     """``xts`` or ``cbc``."""
     vector: str
-    """``plain``, ``plain64`` or ``essiv:<hash>``."""
+    """``plain``, ``plain64``, ``essiv:<hash>``; ``eboiv``: the number encrypted with the key of the data itself;
+    ``elephant``: that, and the diffuser, with a key of two halves."""
+    unit_bytes: int = SECTOR
+    """What sectors are numbered in: SECTOR, the sector's own size, or 1 for the offset in bytes."""
 
     @classmethod
     def parse(cls, text: str, key_bytes: int) -> CipherSpec:
-        """What a name means; GuestUnsupported if it is no cipher, or no length of key, that is decrypted here."""
+        """What a name in LUKS means; GuestUnsupported if it is no cipher, or no length of key, that is decrypted."""
         name, _, rest = text.partition("-")
         mode, _, vector = rest.partition("-")
         kind, _, digest = vector.partition(":")
@@ -52,59 +62,72 @@ class CipherSpec(NamedTuple):
 
 
 class SectorCipher:
-    """One cipher with its key, of a length that CipherSpec.parse allowed."""
+    """One cipher with its key, of a length that the cipher takes."""
 
     def __init__(self, spec: CipherSpec, key: bytes) -> None:
         self._spec = spec
         half = len(key) // 2
         if spec.mode == "xts" and key[:half] == key[half:]:
             raise GuestDamaged("both halves of an XTS key are the same, which no key has")
-        self._xts = AES(key)
-        self._data = Cipher(AES(key[:half] if spec.mode == "xts" else key), ECB())  # noqa: S305
         kind, _, digest = spec.vector.partition(":")
+        self._is_diffused = kind == "elephant"
+        data_key = key[:half] if spec.mode == "xts" or self._is_diffused else key
         if spec.mode == "xts":
             vector_key = key[half:]
+        elif kind == "essiv":
+            vector_key = hashlib.new(digest, key).digest()[:32]
         else:
-            vector_key = hashlib.new(digest, key).digest()[:32] if kind == "essiv" else b""
+            vector_key = data_key if kind in ("eboiv", "elephant") else b""
+        self._xts = AES(key) if spec.mode == "xts" else None
+        self._data = Cipher(AES(data_key), ECB())  # noqa: S305
         self._vector = Cipher(AES(vector_key), ECB()) if vector_key else None  # noqa: S305
+        self._tweak = Cipher(AES(key[half:]), ECB()) if self._is_diffused else None  # noqa: S305
         self._number_mask = 0xFFFF_FFFF if kind == "plain" else 0xFFFF_FFFF_FFFF_FFFF
 
     def decrypt(self, data: bytes, first: int, sector_bytes: int) -> bytes:
-        """Plaintext of whole sectors; ``first`` numbers the first of them in units of 512 bytes."""
-        step = sector_bytes // SECTOR
-        if self._spec.mode == "xts" and step > 1:
+        """Plaintext of whole sectors; ``first`` says where the first of them lies, in units of 512 bytes."""
+        if self._xts is not None and sector_bytes > SECTOR:
             starts = range(0, len(data), sector_bytes)
             return b"".join(
-                self._long_sector(data[start : start + sector_bytes], first + start // SECTOR) for start in starts
+                self._long_sector(self._xts, data[start : start + sector_bytes], first * SECTOR + start)
+                for start in starts
             )
-        runs = range(0, len(data), _RUN)
-        return b"".join(self._run(data[at : at + _RUN], first + at // SECTOR, sector_bytes) for at in runs)
+        run = _DIFFUSED_RUN if self._is_diffused else _RUN
+        runs = range(0, len(data), run)
+        return b"".join(self._run(data[at : at + run], first * SECTOR + at, sector_bytes) for at in runs)
 
-    def _long_sector(self, data: bytes, number: int) -> bytes:
+    def _long_sector(self, cipher: AES, data: bytes, offset: int) -> bytes:
+        number = offset // self._spec.unit_bytes
         tweak = (number & self._number_mask).to_bytes(_AES_BLOCK, "little")
-        return Cipher(self._xts, XTS(tweak)).decryptor().update(data)
+        return Cipher(cipher, XTS(tweak)).decryptor().update(data)
 
-    def _run(self, data: bytes, first: int, sector_bytes: int) -> bytes:
+    def _run(self, data: bytes, offset: int, sector_bytes: int) -> bytes:
+        unit = self._spec.unit_bytes
         blocks = np.frombuffer(data, "<u8").reshape(-1, sector_bytes // _AES_BLOCK, 2)
         numbers = np.zeros((len(blocks), 2), "<u8")
-        steps = np.arange(len(blocks), dtype="<u8") * np.uint64(sector_bytes // SECTOR)
-        numbers[:, 0] = (np.uint64(first) + steps) & np.uint64(self._number_mask)
-        vectors = numbers
-        if self._vector is not None:
-            raw = self._vector.encryptor().update(numbers.tobytes())
-            vectors = np.frombuffer(raw, "<u8").reshape(-1, 2)
+        steps = np.arange(len(blocks), dtype="<u8") * np.uint64(sector_bytes // unit)
+        numbers[:, 0] = (np.uint64(offset // unit) + steps) & np.uint64(self._number_mask)
+        vectors = numbers if self._vector is None else _encrypted(self._vector, numbers)
         if self._spec.mode == "xts":
             tweaks = _tweaks(vectors)
-            plain = self._ecb(blocks ^ tweaks) ^ tweaks
-        else:
-            plain = self._ecb(blocks)
-            plain[:, 0] ^= vectors
-            plain[:, 1:] ^= blocks[:, :-1]
+            return (self._ecb(blocks ^ tweaks) ^ tweaks).tobytes()
+        plain = self._ecb(blocks)
+        plain[:, 0] ^= vectors
+        plain[:, 1:] ^= blocks[:, :-1]
+        if self._tweak is not None:
+            plain = undiffuse(plain.view("<u4").reshape(len(blocks), -1)).view("<u8").reshape(blocks.shape)
+            plain[:, 0::2] ^= _encrypted(self._tweak, numbers)[:, None]
+            numbers[:, 1] = _MARK
+            plain[:, 1::2] ^= _encrypted(self._tweak, numbers)[:, None]
         return plain.tobytes()
 
     def _ecb(self, blocks: NDArray[np.uint64]) -> NDArray[np.uint64]:
         raw = bytearray(self._data.decryptor().update(blocks.tobytes()))
         return np.frombuffer(raw, "<u8").reshape(blocks.shape)
+
+
+def _encrypted(cipher: Cipher[ECB], blocks: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    return np.frombuffer(cipher.encryptor().update(blocks.tobytes()), "<u8").reshape(blocks.shape)
 
 
 def _tweaks(first: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -124,7 +147,7 @@ def _tweaks(first: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class CryptSource(Derived):
-    """The plaintext of an encrypted range; ``first`` numbers its first sector in units of 512 bytes."""
+    """The plaintext of an encrypted range; ``first`` says where it lies for the cipher, in units of 512 bytes."""
 
     def __init__(self, source: BlockSource, cipher: SectorCipher, sector_bytes: int, first: int) -> None:
         super().__init__(source.size_bytes // sector_bytes * sector_bytes)
