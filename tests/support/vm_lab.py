@@ -91,6 +91,7 @@ class Lab:
                 live={state.record.run for state in await self.ledgers.runs() if state.live},
                 patience=Patience(self.runtime.random),
                 places=Places(),
+                turn=self.ledgers.turn,
             )
             target = Target(self.engine.repository, self.engine.catalog, self.engine.index, NODE, "xbfs test")
             return await VmCycle(origin, target, chosen, wishes, self.heard).run()

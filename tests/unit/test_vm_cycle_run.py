@@ -23,13 +23,17 @@ def lab(tmp_path: Path) -> Lab:
     return Lab(tmp_path)
 
 
-def run(lab: Lab, *patterns: str, wait_s: float = 300.0) -> JobReport:
+async def job(lab: Lab, *patterns: str, wait_s: float = 300.0) -> JobReport:
     lab.clock.advance(60)
     lab.engine.clock.advance(60)
     target = Target(lab.engine.repository, lab.engine.catalog, lab.engine.index, NODE, "xbfs test")
     side = PoolSide(lab.pool, lab.access, FakeRecorder(lab.pool), lab.ledgers, lab.runtime.random)
     wishes = RunWishes(Wishes(), coalesce_wait_s=wait_s)
-    report = lab.run(lambda: back_up_vms(side, target, patterns, wishes, lab.heard))
+    return await back_up_vms(side, target, patterns, wishes, lab.heard)
+
+
+def run(lab: Lab, *patterns: str, wait_s: float = 300.0) -> JobReport:
+    report = lab.run(lambda: job(lab, *patterns, wait_s=wait_s))
     assert isinstance(report, JobReport)
     return report
 
@@ -81,6 +85,21 @@ def test_one_failure_does_not_stop_the_others(lab: Lab) -> None:
     assert isinstance(failure, XapiFailure)
     assert any("failed" in step for step in lab.heard.steps)
     assert lab.pool.leftovers() == []
+
+
+def test_a_vm_that_another_run_of_this_node_is_at_is_left_to_it(lab: Lab) -> None:
+    held = lab.pool.uuid(three(lab)[1])
+
+    async def beside_another() -> JobReport:
+        async with lab.ledgers.turn(held) as is_ours:
+            assert is_ours
+            return await job(lab, "*")
+
+    report = lab.run(beside_another)
+    assert set(report.outcome.failures) == {held}
+    assert isinstance(report.outcome.failures[held], VmNotReady)
+    assert len(report.outcome.reports) == 2
+    assert set(run(lab, "*").outcome.reports) > {held}
 
 
 def test_trouble_of_the_repository_ends_the_run(lab: Lab) -> None:

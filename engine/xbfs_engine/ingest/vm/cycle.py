@@ -83,7 +83,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The pool that VMs are read from, and what a run has for that. ``live``: this node's runs that are at work."""
+    """The pool that VMs are read from, and what a run has for that.
+
+    ``live``: this node's runs that are at work. ``turn``: holds a VM; False if another run of this node does.
+    """
 
     xapi: Xapi
     pool_uuid: str
@@ -93,6 +96,7 @@ class Origin:
     live: AbstractSet[str]
     patience: Patience
     places: Places
+    turn: Callable[[str], AbstractAsyncContextManager[bool]]
 
 
 class Wishes(NamedTuple):

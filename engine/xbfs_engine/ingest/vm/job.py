@@ -71,6 +71,7 @@ async def back_up_vms(
             live={state.record.run for state in await pool.ledgers.runs() if state.live},
             patience=Patience(pool.random),
             places=Places(),
+            turn=pool.ledgers.turn,
         )
         outcome = await VmRun(origin, target, wishes, listener).run(
             [WantedVm(vm.uuid, vm.name) for vm in selection.vms]

@@ -7,7 +7,7 @@ coalesces what it has of a VM's chains (``source.xapi.fitness`` has the rule).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
 import trio
 
@@ -82,9 +82,12 @@ class VmRun:
 
     async def _one(self, vm: WantedVm, run: trio.CancelScope) -> None:
         try:
-            chosen = await self._fit(vm)
-            cycle = VmCycle(self._origin, self._target, chosen, self._wishes.cycle, self._listener)
-            self._reports[vm.uuid] = await cycle.run()
+            async with self._origin.turn(vm.uuid) as is_ours:
+                if not is_ours:
+                    self._refuse(vm)
+                chosen = await self._fit(vm)
+                cycle = VmCycle(self._origin, self._target, chosen, self._wishes.cycle, self._listener)
+                self._reports[vm.uuid] = await cycle.run()
         except _OF_THE_VM as exc:
             _log.info("vm not backed up", vm=vm.uuid, error=exc.message)
             self._failures[vm.uuid] = exc
@@ -94,6 +97,12 @@ class VmRun:
             run.cancel()
         finally:
             self._origin.places.end_turn()
+
+    def _refuse(self, vm: WantedVm) -> NoReturn:
+        raise VmNotReady(
+            f"{vm.name!r}: another run on this node backs it up now",
+            hint="wait until that one has ended, then run again",
+        )
 
     async def _fit(self, vm: WantedVm) -> ChosenVm:
         """The VM as it is now, as soon as it can be snapshotted. Raises VmNotReady, ObjectNotFound."""

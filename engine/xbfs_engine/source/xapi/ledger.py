@@ -9,6 +9,7 @@ processes may use one. A RunLedger may be used by many tasks; its methods run in
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import threading
 from contextlib import asynccontextmanager, contextmanager
@@ -40,6 +41,8 @@ LEDGER_SIZE_MAX: Final = 16 * MIB
 T = TypeVar("T")
 
 _SUFFIX: Final = ".jsonl"
+_TURN_SUFFIX: Final = ".turn"
+_TURN_DIGITS: Final = 32
 
 
 def state_directory(environment: Mapping[str, str]) -> Path:
@@ -105,6 +108,27 @@ class Ledgers:
     async def runs(self) -> list[RunState]:
         """All runs that have a ledger; those this process began or claimed are live too. Raises StorageError."""
         return await trio.to_thread.run_sync(self._runs)
+
+    @asynccontextmanager
+    async def turn(self, vm_uuid: str) -> AsyncIterator[bool]:
+        """Whether this is the only run on this node that backs up the VM, until left: two would take each other's base.
+
+        Raises StorageError.
+        """
+        # The uuid comes from the pool, and may be any text.
+        name = hashlib.sha256(vm_uuid.encode(errors="surrogatepass")).hexdigest()[:_TURN_DIGITS]
+        held = await trio.to_thread.run_sync(self._take_turn, self._directory / (name + _TURN_SUFFIX))
+        try:
+            yield held is not None
+        finally:
+            if held is not None:
+                os.close(held)
+
+    def _take_turn(self, path: Path) -> int | None:
+        make_directories(self._directory)
+        # Never removed: whoever opened it just before would hold a file that nobody else can see.
+        os.close(_open(path, os.O_RDWR | os.O_CREAT))
+        return _hold(path)
 
     async def _leave(self, ledger: RunLedger) -> None:
         with trio.CancelScope(shield=True):
