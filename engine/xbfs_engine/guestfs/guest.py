@@ -37,6 +37,10 @@ class VolumeRow(NamedTuple):
     within: tuple[str, ...]
     status: VolumeStatus
     reason: str
+    part_uuid: str = ""
+    part_label: str = ""
+    part_start_bytes: int = 0
+    crypt_uuid: str = ""
 
 
 class VolumeRows(NamedTuple):

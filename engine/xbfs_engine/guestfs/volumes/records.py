@@ -65,6 +65,14 @@ class Volume:
     """Why it is no filesystem, or what may be wrong with it although it is one; else empty."""
     source: BlockSource | None
     """What it holds, decrypted and put together; None unless it can be read."""
+    part_uuid: str = ""
+    """The PARTUUID as Linux shows it; empty unless it is a partition. MBR: the disk's signature, ``-``, number."""
+    part_label: str = ""
+    """What a GPT calls the partition."""
+    part_start_bytes: int = 0
+    """Where the partition begins on its disk; 0 if it is none."""
+    crypt_uuid: str = ""
+    """Of an unlocked volume, the UUID of what encrypts it."""
 
 
 class Volumes(NamedTuple):

@@ -85,8 +85,8 @@ class _Device:
     place: str
     within: tuple[str, ...] = ()
     note: str = ""
-    type_id: str = ""
-    """Of a partition."""
+    partition: Partition | None = None
+    crypt_uuid: str = ""
 
 
 class _Member(NamedTuple):
@@ -165,7 +165,7 @@ class _Scan:
         name = f"{device.name}p{partition.number}"
         start = partition.start_bytes if partition.size_bytes else 0
         source = Slice(device.source, start, partition.size_bytes)
-        inner = _Device(name, source, place, device.within, partition.problem, partition.type_id)
+        inner = _Device(name, source, place, device.within, partition.problem, partition)
         if partition.size_bytes:
             self._look(inner)
         else:
@@ -197,7 +197,8 @@ class _Scan:
         elif kind in _CLOSED:
             self._row(device, found, VolumeStatus.UNREADABLE, f"{kind} is not read here")
         elif kind in _NO_FILES:
-            purpose = _PARTITION_TYPES.get(device.type_id, "") if kind == UNKNOWN else ""
+            partition = device.partition
+            purpose = _PARTITION_TYPES.get(partition.type_id, "") if partition and kind == UNKNOWN else ""
             self._row(device, found, VolumeStatus.OTHER, f"it is {purpose}" if purpose else _NO_FILES[kind])
         else:
             claimed, size = found.signature.size_bytes, device.source.size_bytes
@@ -217,10 +218,13 @@ class _Scan:
         signature = found.signature
         words = "; ".join(dict.fromkeys(part for part in (reason, signature.note, device.note) if part))
         readable = status in (VolumeStatus.FILESYSTEM, VolumeStatus.OTHER)
+        partition = device.partition
         self._rows.append(
             Volume(
                 name, signature.kind, signature.label, signature.uuid, device.source.size_bytes, device.place,
                 device.within, status, words, device.source if readable else None,
+                partition.uuid if partition else "", partition.name if partition else "",
+                partition.start_bytes if partition else 0, device.crypt_uuid,
             )
         )  # fmt: skip
 
@@ -234,7 +238,7 @@ class _Scan:
             return
         within = (*device.within, found.signature.kind)
         note = "; ".join(filter(None, (device.note, words)))
-        self._look(replace(device, source=plain, within=within, note=note))
+        self._look(replace(device, source=plain, within=within, note=note, crypt_uuid=header.uuid))
 
     def assemble_arrays(self) -> bool:
         """Put together each array that was not yet; whether there was one."""
