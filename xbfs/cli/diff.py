@@ -1,4 +1,4 @@
-"""diff: the extents of a disk that differ between two restore points."""
+"""diff: the extents of a disk, or with --files the files, that differ between two restore points."""
 
 from __future__ import annotations
 
@@ -55,6 +55,13 @@ def _extent(first: int, end: int, chunk_size: int, size_bytes: int, data: bool) 
 
 def diff(arguments: argparse.Namespace, output: Output) -> None:
     """List what differs; memory does not grow with the difference."""
+    if arguments.files:
+        from xbfs.cli.diff_files import diff_files
+
+        diff_files(arguments, output)
+        return
+    if arguments.volume is not None or arguments.build:
+        raise UsageError("--volume and --build are for --files", hint="choose a disk with --disk, or add --files")
     repository = repository_of(arguments)
     catalog = catalog_of(repository, output)
     old_point, new_point = point_of(catalog, arguments.a), point_of(catalog, arguments.b)

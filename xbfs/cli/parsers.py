@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from xbfs import __version__
 from xbfs.cli.backup_vm_parsers import add_backup_vm
+from xbfs.cli.index_parsers import add_diff_files, add_file_index
 from xbfs.cli.restore_parsers import add_restore
 from xbfs.cli.rewind_parsers import add_rewind
 from xbfs.cli.xen_parsers import add_pool
@@ -58,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_maintenance(verbs)
     _add_export(verbs)
     _add_mount(verbs)
+    add_file_index(verbs)
     add_restore(verbs)
     add_rewind(verbs)
     add_pool(verbs)
@@ -198,14 +200,19 @@ def _add_points(verbs: _Verbs) -> None:
     diff = verbs.add(
         "diff",
         "diff:diff",
-        "list the extents of a disk that differ between two restore points",
-        ["xbfs diff web@2026-09-20 web@latest", "xbfs diff 3f2a90d1 77c0 --disk 1 --json"],
+        "list the extents of a disk, or the files, that differ between two restore points",
+        [
+            "xbfs diff web@2026-09-20 web@latest",
+            "xbfs diff 3f2a90d1 77c0 --disk 1 --json",
+            "xbfs diff web@2026-09-20 web@latest --files",
+        ],
         "Takes time in proportion to the difference, not to the disk. Extents are those of B; 'zero' are extents that\n"
         "hold data in A and none in B.",
     )
     diff.add_argument("a", metavar="A", help="the older restore point")
     diff.add_argument("b", metavar="B", help="the newer restore point")
     _add_disk(diff)
+    add_diff_files(diff)
 
 
 def _add_maintenance(verbs: _Verbs) -> None:
