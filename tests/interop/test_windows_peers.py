@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support import windows_images
 from tests.support.guest_sources import FileSource
-from tests.support.guest_tree import Facts, kernel_facts, reader_facts
+from tests.support.guest_tree import Facts, content, kernel_facts, node_of, reader_facts
 from xbfs_engine.core.errors import GuestUnsupported
 from xbfs_engine.guestfs.base import Kind, VolumeState
 from xbfs_engine.guestfs.explorer.exfat import open_exfat
@@ -33,20 +32,6 @@ GEOMETRIES = {
     "4096-byte sectors": ("-s", "4096"),
 }
 COMPARED = ("dir", "many", "files")
-
-
-def node_of(volume: GuestFilesystem, path: str) -> NodeId:
-    node = volume.root
-    for name in path.split("/"):
-        entry = volume.lookup(node, os.fsencode(name))
-        assert entry is not None, path
-        node = entry.node
-    return node
-
-
-def content(volume: GuestFilesystem, node: NodeId) -> bytes:
-    size = volume.stat(node).size_bytes
-    return b"".join(volume.read(node, at, 70_001) for at in range(0, size, 70_001))
 
 
 @pytest.mark.skipif(bool(NTFS_MISSING), reason=NTFS_MISSING)

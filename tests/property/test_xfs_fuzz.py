@@ -5,26 +5,18 @@ Metadata is changed with its checksum made right again, since damage behind a wr
 
 from __future__ import annotations
 
-from contextlib import suppress
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests.support import xfs_golden, xfs_seal
-from xbfs_engine.core.errors import XbfsError
-from xbfs_engine.guestfs.base import XATTR_BYTES_MAX, Kind
+from tests.support import guest_walk, xfs_golden, xfs_seal
 from xbfs_engine.guestfs.xfs.reader import open_xfs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from tests.support.guest_sources import SparseSource
-    from xbfs_engine.guestfs.base import NodeId
-    from xbfs_engine.guestfs.xfs.reader import XfsReader
 
-NODES_MAX, ENTRIES_MAX, READ_BYTES = 600, 3000, 40_000
+NODES_MAX = 600
 SOURCE_BYTES_MAX = 400 << 20
 """What a walk of so many nodes may read of the source at most: a window of inodes, and some blocks for each."""
 
@@ -38,7 +30,7 @@ VALUES = st.one_of(
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow], deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(V5_PLACES), st.integers(0, 1023), VALUES), min_size=1, max_size=4))
+@given(st.lists(st.tuples(st.sampled_from(V5_PLACES), st.integers(0, 4095), VALUES), min_size=1, max_size=4))
 def test_version_5_with_right_checksums(changes: list[tuple[tuple[int, int, int], int, bytes]]) -> None:
     source = xfs_golden.image("v5")
     for (offset, length, place), at, value in changes:
@@ -79,57 +71,4 @@ def test_anything_at_all(data: bytes) -> None:
 
 
 def walk(source: SparseSource, nodes: int = NODES_MAX) -> None:
-    source.bytes_read = 0
-    try:
-        volume = open_xfs(source)
-        waiting = [volume.root]
-    except XbfsError:
-        return
-    for _ in range(nodes):
-        if not waiting:
-            break
-        visit(volume, waiting.pop(), waiting)
-    assert source.bytes_read < SOURCE_BYTES_MAX
-
-
-def visit(volume: XfsReader, node: NodeId, waiting: list[NodeId]) -> None:
-    try:
-        stat = volume.stat(node)
-    except XbfsError:
-        return
-    attempt(lambda: all(len(xattr.value) <= XATTR_BYTES_MAX for xattr in islice(volume.xattrs(node), ENTRIES_MAX)))
-    if stat.kind is Kind.DIRECTORY:
-        attempt(lambda: list_some(volume, node, waiting))
-        attempt(lambda: volume.lookup(node, b"entry1") is None or True)
-    elif stat.kind is Kind.FILE:
-        attempt(lambda: covers(volume, node, stat.size_bytes))
-        attempt(lambda: len(volume.read(node, 0, READ_BYTES)) == min(READ_BYTES, stat.size_bytes))
-        attempt(lambda: len(volume.read(node, max(0, stat.size_bytes - 10), READ_BYTES)) == min(10, stat.size_bytes))
-    elif stat.kind is Kind.SYMLINK:
-        attempt(lambda: len(volume.readlink(node)) == stat.size_bytes)
-
-
-def attempt(call: Callable[[], bool]) -> None:
-    with suppress(XbfsError):
-        assert call()
-
-
-def list_some(volume: XfsReader, node: NodeId, waiting: list[NodeId]) -> bool:
-    cookie = 0
-    for entry in islice(volume.list(node), ENTRIES_MAX):
-        assert 0 < len(entry.name) <= 255
-        assert not {0, ord("/")} & set(entry.name)
-        assert entry.cookie > cookie
-        cookie = entry.cookie
-        waiting.append(entry.node)
-    return True
-
-
-def covers(volume: XfsReader, node: NodeId, size_bytes: int) -> bool:
-    """The extents are without gaps up to the size."""
-    at = 0
-    for extent in islice(volume.extents(node), ENTRIES_MAX):
-        assert extent.offset == at
-        assert extent.length > 0
-        at += extent.length
-    return at <= size_bytes
+    guest_walk.walk(open_xfs, source, nodes=nodes, read_bytes_max=SOURCE_BYTES_MAX)

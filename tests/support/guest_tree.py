@@ -175,3 +175,19 @@ def first_difference(ours: dict[str, Facts], kernels: dict[str, Facts]) -> str:
             if mine != other:
                 return f"{path!r}: {field} is {mine!r}, the kernel says {other!r}"
     return ""
+
+
+def node_of(filesystem: GuestFilesystem, path: str) -> NodeId:
+    """What a path names; each part must be there."""
+    node = filesystem.root
+    for name in path.split("/"):
+        entry = filesystem.lookup(node, os.fsencode(name))
+        assert entry is not None, path
+        node = entry.node
+    return node
+
+
+def content(filesystem: GuestFilesystem, node: NodeId) -> bytes:
+    """All of a file, read in odd pieces."""
+    size = filesystem.stat(node).size_bytes
+    return b"".join(filesystem.read(node, at, 70_001) for at in range(0, size, 70_001))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support import guest_golden
+from tests.support.guest_places import ntfs_attribute
+from tests.support.guest_tree import node_of
 from tests.support.xfs_images import pattern
 from xbfs_engine.core.errors import GuestDamaged, GuestLocked, GuestUnsupported
 from xbfs_engine.guestfs.base import VolumeState
@@ -20,32 +22,6 @@ from xbfs_engine.guestfs.explorer.ntfs import open_ntfs
 
 if TYPE_CHECKING:
     from tests.support.guest_sources import SparseSource
-    from xbfs_engine.guestfs.base import GuestFilesystem, NodeId
-
-RECORD = 1024
-
-
-def node_of(volume: GuestFilesystem, path: str) -> NodeId:
-    node = volume.root
-    for name in path.split("/"):
-        entry = volume.lookup(node, name.encode())
-        assert entry is not None
-        node = entry.node
-    return node
-
-
-def attribute(source: SparseSource, record: int, kind: int) -> int:
-    """Where an attribute of an MFT record lies, in a table that is in one piece."""
-    cluster = struct.unpack("<H", source.read_at(11, 2))[0] * source.read_at(13, 1)[0]
-    at = struct.unpack("<Q", source.read_at(48, 8))[0] * cluster + record * RECORD
-    at += struct.unpack("<H", source.read_at(at + 20, 2))[0]
-    while True:
-        found, length = struct.unpack("<II", source.read_at(at, 8))
-        assert found != 0xFFFF_FFFF
-        # Without a name.
-        if found == kind and not source.read_at(at + 9, 1)[0]:
-            return at
-        at += length
 
 
 def value(source: SparseSource, at: int) -> int:
@@ -54,7 +30,7 @@ def value(source: SparseSource, at: int) -> int:
 
 def test_ntfs_that_windows_would_check() -> None:
     source = guest_golden.image("ntfs")
-    source.write_at(value(source, attribute(source, 3, 0x70)) + 10, b"\1")
+    source.write_at(value(source, ntfs_attribute(source, 3, 0x70)) + 10, b"\1")
     info = open_ntfs(source).info
     assert info.state is VolumeState.DIRTY
     assert "checking" in info.reason
@@ -66,7 +42,7 @@ def test_ntfs_that_windows_would_check() -> None:
 )
 def test_the_log_of_ntfs(used: int, flags: int, state: VolumeState) -> None:
     source = guest_golden.image("ntfs")
-    run = attribute(source, 2, 0x80)
+    run = ntfs_attribute(source, 2, 0x80)
     run += struct.unpack("<H", source.read_at(run + 32, 2))[0]
     lengths = source.read_at(run, 1)[0]
     raw = source.read_at(run + 1, (lengths & 15) + (lengths >> 4))
@@ -88,7 +64,7 @@ def test_encrypted_files_are_refused() -> None:
     volume = open_ntfs(source)
     for path in ("files/of600", "files/of5000"):
         inode = volume.stat(node_of(volume, path)).inode
-        at = value(source, attribute(source, inode, 0x10)) + 32
+        at = value(source, ntfs_attribute(source, inode, 0x10)) + 32
         source.write_at(at, struct.pack("<I", 0x4020))
         fresh = open_ntfs(source)
         assert fresh.stat(node_of(fresh, path)).size_bytes == int(path.removeprefix("files/of"))
@@ -100,7 +76,7 @@ def test_bytes_behind_what_was_written_are_zeros() -> None:
     source = guest_golden.image("ntfs")
     volume = open_ntfs(source)
     node = node_of(volume, "files/of300001")
-    source.write_at(attribute(source, volume.stat(node).inode, 0x80) + 56, struct.pack("<Q", 10_000))
+    source.write_at(ntfs_attribute(source, volume.stat(node).inode, 0x80) + 56, struct.pack("<Q", 10_000))
     volume = open_ntfs(source)
     assert volume.read(node, 0, 300_001) == pattern(10_000) + bytes(290_001)
     assert [tuple(extent) for extent in volume.extents(node)] == [(0, 10_000, True), (10_000, 290_001, False)]
@@ -122,7 +98,7 @@ def test_a_run_list_that_ends_early_is_not_zeros() -> None:
     source = guest_golden.image("ntfs")
     volume = open_ntfs(source)
     node = node_of(volume, "files/of300001")
-    at = attribute(source, volume.stat(node).inode, 0x80)
+    at = ntfs_attribute(source, volume.stat(node).inode, 0x80)
     source.write_at(at + struct.unpack("<H", source.read_at(at + 32, 2))[0], b"\0")
     with pytest.raises(GuestDamaged, match="longer than its clusters"):
         open_ntfs(source).read(node, 0, 10)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support import xfs_golden, xfs_log
-from tests.support.guest_tree import first_difference, reader_facts
+from tests.support.guest_tree import first_difference, node_of, reader_facts
 from tests.support.xfs_images import pattern
 from xbfs_engine.core.errors import GuestUnsupported
 from xbfs_engine.guestfs.base import VolumeState
@@ -116,12 +116,7 @@ def test_what_would_take_too_much_memory_is_not_replayed(
 
 
 def node_at(path: str) -> NodeId:
-    node = CLEAN.root
-    for name in path.encode().split(b"/"):
-        entry = CLEAN.lookup(node, name)
-        assert entry is not None
-        node = entry.node
-    return node
+    return node_of(CLEAN, path)
 
 
 def inode_of(path: str) -> int:

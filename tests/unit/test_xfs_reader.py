@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support import xfs_golden, xfs_seal
+from tests.support.guest_tree import node_of
 from tests.support.xfs_images import pattern
 from xbfs_engine.core.errors import GuestDamaged, GuestUnsupported, GuestWrongKind, XbfsError
 from xbfs_engine.guestfs.base import Kind, NodeId
@@ -22,23 +23,6 @@ V4 = open_xfs(xfs_golden.image("v4"))
 FEATURES_AT = 216
 
 
-def node_at(volume: XfsReader, path: str) -> NodeId:
-    node = volume.root
-    for name in path.encode().split(b"/"):
-        entry = volume.lookup(node, name)
-        assert entry is not None, path
-        node = entry.node
-    return node
-
-
-def inode_offset(source: SparseSource, node: NodeId, inode_bytes: int = 512) -> int:
-    """Where an inode of the version 5 image lies, found by its own number."""
-    for offset, length, place in xfs_seal.metadata(source, 1024, inode_bytes):
-        if place == xfs_seal.INODE_CRC and source.read_at(offset, length)[152:160] == node:
-            return offset
-    raise AssertionError(node)
-
-
 def reseal(source: SparseSource, offset: int, length: int, place: int, at: int, new: bytes) -> None:
     data = source.read_at(offset, length)
     data = data[:at] + new + data[at + len(new) :]
@@ -47,7 +31,7 @@ def reseal(source: SparseSource, offset: int, length: int, place: int, at: int, 
 
 @pytest.mark.parametrize(("volume", "path"), [(V5, f"dir{n}{t}") for n in (1, 5, 40, 300, 500) for t in ("", "thin")])
 def test_a_listing_goes_on_after_any_cookie(volume: XfsReader, path: str) -> None:
-    node = node_at(volume, path)
+    node = node_of(volume, path)
     entries = list(volume.list(node))
     assert len({entry.name for entry in entries}) == len(entries)
     cookies = [entry.cookie for entry in entries]
@@ -73,20 +57,20 @@ def test_every_name_is_found_and_no_other(volume: XfsReader) -> None:
 
 @given(st.integers(0, 1_000_100), st.integers(0, 70_000))
 def test_any_range_of_a_file(offset: int, length: int) -> None:
-    node = node_at(V5, "files/of1000003")
+    node = node_of(V5, "files/of1000003")
     assert V5.read(node, offset, length) == pattern(1_000_003)[offset : offset + length]
 
 
 @given(st.integers(0, 320_000), st.integers(0, 20_000))
 def test_what_was_allocated_but_not_written_is_zero(offset: int, length: int) -> None:
     written = bytes(300_000) + pattern(7000) + bytes((1 << 20) - 307_000)
-    assert V5.read(node_at(V5, "files/unwritten"), offset, length) == written[offset : offset + length]
+    assert V5.read(node_of(V5, "files/unwritten"), offset, length) == written[offset : offset + length]
 
 
 @settings(max_examples=30)
 @given(st.integers(0, 2300))
 def test_extents_from_anywhere_are_the_end_of_all_extents(block: int) -> None:
-    node = node_at(V5, "fragmented/deep")
+    node = node_of(V5, "fragmented/deep")
     offset = block * 1000
     whole = [(max(e.offset, offset), e.offset + e.length, e.is_data) for e in V5.extents(node)]
     assert [(e.offset, e.offset + e.length, e.is_data) for e in V5.extents(node, offset)] == [
@@ -95,13 +79,13 @@ def test_extents_from_anywhere_are_the_end_of_all_extents(block: int) -> None:
 
 
 def test_a_file_of_four_exbibytes_is_one_hole() -> None:
-    node = node_at(V5, "files/huge-hole")
+    node = node_of(V5, "files/huge-hole")
     assert [tuple(e) for e in V5.extents(node)] == [(0, (1 << 62) + 12345, False)]
     assert V5.read(node, (1 << 62) + 12340, 100) == bytes(5)
 
 
 def test_calls_on_the_wrong_kind_are_refused() -> None:
-    file, folder = node_at(V5, "files/of1"), node_at(V5, "files")
+    file, folder = node_of(V5, "files/of1"), node_of(V5, "files")
     for call in (
         lambda: V5.read(folder, 0, 1),
         lambda: list(V5.extents(folder)),
@@ -178,8 +162,8 @@ def test_an_interrupted_repair_is_told() -> None:
 
 def test_content_on_a_realtime_device_is_refused() -> None:
     source = xfs_golden.image("v5")
-    node = node_at(V5, "files/of4096")
-    reseal(source, inode_offset(source, node), 512, xfs_seal.INODE_CRC, 90, b"\0\1")
+    node = node_of(V5, "files/of4096")
+    xfs_seal.change_inode(source, node, 90, b"\0\1")
     volume = open_xfs(source)
     assert volume.stat(node).size_bytes == 4096
     with pytest.raises(GuestUnsupported, match="realtime"):
@@ -189,7 +173,7 @@ def test_content_on_a_realtime_device_is_refused() -> None:
 def test_a_listing_reads_little_more_than_the_directory() -> None:
     source = xfs_golden.image("v5")
     volume = open_xfs(source)
-    node = node_at(volume, "dir500")
+    node = node_of(volume, "dir500")
     source.bytes_read = 0
     assert len(list(volume.list(node))) == 500
     assert source.bytes_read < volume.stat(node).size_bytes * 2 + (64 << 10)
@@ -198,5 +182,5 @@ def test_a_listing_reads_little_more_than_the_directory() -> None:
 @settings(max_examples=30)
 @given(st.sampled_from(["acl", "acl-dir", "few", "node", "big"]))
 def test_attributes_are_the_same_at_every_call(name: str) -> None:
-    node = node_at(V5, f"xattrs/{name}")
+    node = node_of(V5, f"xattrs/{name}")
     assert list(V5.xattrs(node)) == list(V5.xattrs(node))

@@ -116,6 +116,9 @@ class ExtVolume(ExplorerVolume):
         if inode.type != EntryType.DIR:
             raise GuestWrongKind(f"inode {inode.ino} is no directory")
         _refuse_encrypted(inode)
+        if inode.size > self._info.size_bytes:
+            # Directories have no holes; one of 2^40 bytes that are all one block would be listed for hours.
+            raise CorruptDataError(f"ext: directory {inode.ino} claims {inode.size} bytes")
         for name, number, file_type in self._tree._dirents(inode):
             yield Found(name, _id(number), _FILE_TYPES.get(file_type, Kind.UNKNOWN))
 

@@ -49,6 +49,9 @@ _OPENED_MAX: Final = 16
 _INDEXED_NAMES_MAX: Final = 128 << 10
 """Names of all indexed directories together: about 30 MB."""
 
+_FILE_BYTES_END: Final = 1 << 63
+"""Linux counts bytes of a file in 63 bits; what claims more is no file."""
+
 _NOT_LISTED: Final = 1
 """Cookie of an entry that was found without listing."""
 
@@ -169,7 +172,10 @@ class ExplorerVolume(ABC):
     def stat(self, node: NodeId) -> NodeStat:
         """Metadata, without reading any content (but of Interix links, which are told by it)."""
         with guarded():
-            return self._stat(node)
+            stat = self._stat(node)
+        _check_size(stat.size_bytes)
+        _check_size(stat.allocated_bytes)
+        return stat
 
     def read(self, node: NodeId, offset: int, length: int) -> bytes:
         """Content of a file from ``offset``, fewer than ``length`` bytes only at its end."""
@@ -228,7 +234,9 @@ class ExplorerVolume(ABC):
     def _open_file(self, node: NodeId) -> Opened:
         opened = self._opened.get(node)
         if opened is None:
-            opened = self._opened[node] = self._open(node)
+            opened = self._open(node)
+            _check_size(opened.data.size)
+            self._opened[node] = opened
             if len(self._opened) > _OPENED_MAX:
                 self._opened.popitem(last=False)
         self._opened.move_to_end(node)
@@ -255,6 +263,11 @@ class ExplorerVolume(ABC):
 
     def _xattrs(self, node: NodeId) -> Iterator[Xattr]:
         yield from ()
+
+
+def _check_size(size_bytes: int) -> None:
+    if size_bytes >= _FILE_BYTES_END:
+        raise GuestDamaged(f"a file claims {size_bytes} bytes")
 
 
 def _extent(start: int, end: int, offset: int, *, is_data: bool) -> Iterator[FileExtent]:

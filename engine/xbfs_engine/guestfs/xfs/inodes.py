@@ -165,6 +165,8 @@ class Inodes:
             raise GuestDamaged(f"inode {number}: " + (f"mode {mode:#o} is none" if mode else "it is not in use"))
         if size >> 63 or (size == 0 and kind in (Kind.DIRECTORY, Kind.SYMLINK)):
             raise GuestDamaged(f"inode {number}: size {size} is not possible")
+        if (blocks << self._volume.geometry.block_log) >> 63:
+            raise GuestDamaged(f"inode {number}: {blocks} blocks are not possible")
         if content_format not in _FORMATS.get(kind, (FORMAT_DEVICE,)):
             raise GuestDamaged(f"inode {number}: fork format {content_format} is not possible for its kind")
         if flags2 & _FLAG2_NREXT64:
