@@ -20,6 +20,17 @@ import trio
 
 from xbfs_engine.catalog.blockmap import MapRoot
 from xbfs_engine.catalog.catalog import Catalog
+from xbfs_engine.catalog.fileindex.records import (
+    DiskReads,
+    FileIndex,
+    IndexMount,
+    IndexTree,
+    Problem,
+    SegmentRef,
+    VolumeIndex,
+)
+from xbfs_engine.catalog.fileindex.root import seal_file_index
+from xbfs_engine.catalog.fileindex.segment import Entry, encode_segment
 from xbfs_engine.catalog.mibmap import MibMap
 from xbfs_engine.catalog.node import SAME_PACK, encode_node, node_plaintext
 from xbfs_engine.catalog.restore_point import DiskRecord, ReadStatistics, RestorePoint, RunRecord, seal_manifest
@@ -33,6 +44,7 @@ from xbfs_engine.codec.slots import KdfParameters, Slot, SlotContents, SlotKind,
 from xbfs_engine.core.ids import BlobHash, ChunkRef, PointId
 from xbfs_engine.core.limits import KIB, LEAF_FANOUT, MIB, NODE_FANOUT
 from xbfs_engine.core.runtime import Runtime
+from xbfs_engine.guestfs.base import Kind
 from xbfs_engine.ingest.backup import BackupRequest, BackupRun, DiskJob
 from xbfs_engine.source.image import ImageSource
 from xbfs_engine.storage.local import LocalStorage
@@ -176,6 +188,30 @@ def indexed() -> list[SealedPack]:
     ]
 
 
+def entries() -> list[Entry]:
+    """Three entries below ``var``: a directory, a file in it from before 1970, and a name whose metadata is lost."""
+    return [
+        Entry(b"var/log", Kind.DIRECTORY, 4096, 1_700_000_000_000_000_001, 12, 1_700_000_001_000_000_002),
+        Entry(b"var/log/syslog", Kind.FILE, 70_000, -1, 13, None),
+        Entry(b"var/\xff", Kind.UNKNOWN, 0, 0, 0, None),
+    ]
+
+
+def file_index() -> FileIndex:
+    """An index of two volumes, one of which is locked."""
+    reads = (DiskReads(0, 100 * MIB + 512, 65536, ((0, 2), (16, 1))),)
+    segment = SegmentRef(_ref("segment", 7), 3, b"var/log")
+    problem = Problem(b"var/\xff", "its metadata can not be read")
+    volumes = (
+        VolumeIndex("0p1", "ext4", "root", "u-1", 64 * MIB, "filesystem", "", "replayed", "it was mounted", b"\2", True,
+                    3, (problem,), 0, (segment,), reads),
+        VolumeIndex("0p2", "crypto_LUKS", "", "u-2", 32 * MIB, "locked", "no key opens it", "", "", b"", True, 0,
+                    (), 0, (), reads),
+    )  # fmt: skip
+    tree = IndexTree("unix", (IndexMount(b"/", "0p1", b"\2", b"", "UUID=u-1"),), ("no /home",))
+    return FileIndex(PointId(filler("point", 32).hex()), "xbfs 0.1.0", NOW_NS, ("a note",), tree, volumes, reads)
+
+
 def index_blob(keys: KeySet) -> bytes:
     """An index blob that lists ``indexed``."""
     storage = MemoryStorage()
@@ -188,6 +224,10 @@ def deterministic() -> dict[str, bytes]:
     keys = fixed_keys()
     manifest = seal_manifest(keys, CountingRandom("manifest"), point())
     signed = wire.decode(open_object(keys, ObjectKind.MANIFEST, manifest, "manifest"), "manifest")
+    files = wire.decode(
+        open_object(keys, ObjectKind.FILE_INDEX, seal_file_index(keys, CountingRandom("files"), file_index()), "files"),
+        "files",
+    )
     return {
         "repository_id": keys.repository_id,
         "chunk_id_key": keys.chunk_id_key,
@@ -206,6 +246,9 @@ def deterministic() -> dict[str, bytes]:
         "index_payload": open_object(keys, ObjectKind.INDEX, index_blob(keys), "index"),
         "manifest_body": signed.raw("body"),
         "manifest_signature": signed.raw("signature"),
+        "file_segment_body": encode_segment(entries()),
+        "file_index_body": files.raw("body"),
+        "file_index_signature": files.raw("signature"),
         **wires(),
         **secrets(keys),
         "recovery_code": format_code(filler("recovery", 20)).encode(),
@@ -235,6 +278,7 @@ def randomised() -> dict[str, bytes]:
         found[name] = storage.get(pack_name(kind, sealed.pack))
     found["index_blob"] = index_blob(keys)
     found["manifest_blob"] = seal_manifest(keys, random, point())
+    found["file_index_blob"] = seal_file_index(keys, random, file_index())
     return found
 
 

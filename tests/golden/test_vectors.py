@@ -17,6 +17,8 @@ from blake3 import blake3
 from tests.support.engine import Engine
 from tests.support.runtime import test_runtime
 from tools import make_vectors as made
+from xbfs_engine.catalog.fileindex.root import open_file_index
+from xbfs_engine.catalog.fileindex.segment import Segment
 from xbfs_engine.catalog.node import SAME_PACK, Node
 from xbfs_engine.catalog.restore_point import open_manifest
 from xbfs_engine.codec import wire
@@ -148,6 +150,21 @@ def test_the_kept_manifest_opens() -> None:
     signed.version(1)
     assert signed.raw("body") == pinned("manifest_body")
     assert signed.raw("signature", 64) == pinned("manifest_signature")
+
+
+def test_the_segment_decodes_to_what_was_encoded() -> None:
+    segment = Segment(pinned("file_segment_body"))
+    assert [segment.entry(number) for number in range(len(segment))] == made.entries()
+
+
+def test_the_kept_file_index_opens() -> None:
+    index = made.file_index()
+    blob = kept("file_index_blob")
+    assert open_file_index(KEYS, index.point, blob) == index
+    signed = wire.decode(open_object(KEYS, ObjectKind.FILE_INDEX, blob, "vector"), "vector")
+    signed.version(1)
+    assert signed.raw("body") == pinned("file_index_body")
+    assert signed.raw("signature", 64) == pinned("file_index_signature")
 
 
 def test_wire_records_decode_to_what_was_encoded() -> None:

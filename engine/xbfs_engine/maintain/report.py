@@ -39,6 +39,7 @@ class Kind(StrEnum):
     INDEX = "index"
     DATA_PACK = "data pack"
     METADATA_PACK = "metadata pack"
+    FILE_INDEX = "file index"
     BLOB = "blob"
     ROLE = "role"
 

@@ -1,7 +1,8 @@
 """The course of a check or verify: what is listed first, what is examined in which order, and what is concluded.
 
-Names are listed in the opposite order of writing (points, index blobs, packs), so that a backup running meanwhile shows
-up as packs that nothing refers to yet, never as damage. One thread conducts; packs are examined by several.
+Names are listed in the opposite order of writing (file indexes, points, index blobs, packs), so that a backup running
+meanwhile shows up as packs that nothing refers to yet, never as damage. One thread conducts; packs are examined by
+several.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING, Final
 
 from xbfs_engine.catalog.blockmap import NodeStore
 from xbfs_engine.catalog.catalog import Catalog
+from xbfs_engine.catalog.fileindex.indexes import listed_roots
 from xbfs_engine.codec.config import CONFIG_SIZE_MAX, decode_config
 from xbfs_engine.codec.envelope import ObjectKind
 from xbfs_engine.codec.keys import Role
 from xbfs_engine.codec.slots import SlotContents
 from xbfs_engine.core.errors import BlobNotFound, KeySlotDamaged, RepositoryError, StorageError
 from xbfs_engine.core.ids import BlobHash
+from xbfs_engine.maintain.fileindexes import FileIndexScan
 from xbfs_engine.maintain.findings import PACK_KINDS, Findings
 from xbfs_engine.maintain.impact import Impact
 from xbfs_engine.maintain.lists import IndexLists
@@ -33,6 +36,8 @@ from xbfs_engine.store.repository import CONFIGS, SLOTS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from xbfs_engine.catalog.fileindex.indexes import Root
+    from xbfs_engine.core.ids import PointId
     from xbfs_engine.storage.base import BlobInfo
     from xbfs_engine.store.packer import SealedPack
     from xbfs_engine.store.repository import Repository
@@ -43,6 +48,7 @@ _NAMES: Final = {
     "points": re.compile(r"points/([0-9a-f]{64})"),
     "index": re.compile(r"index/([0-9a-f]{64})"),
     "data": re.compile(r"data/([0-9a-f]{2})/(\1[0-9a-f]{62})"),
+    "files": re.compile(r"files/([0-9a-f]{64})/([0-9]{8})"),
     "meta": re.compile(r"meta/([0-9a-f]{2})/(\1[0-9a-f]{62})"),
 }
 """Our folders, and what blobs in them are called."""
@@ -72,6 +78,7 @@ class Survey:
 
     def run(self) -> Report:
         """Examine everything. Raises Cancelled, and StorageError if the storage itself fails."""
+        file_indexes = listed_roots(self._storage)
         self._catalog.refresh()
         points = self._catalog.points()
         index_names = [
@@ -94,6 +101,9 @@ class Survey:
                 scan.scan(point, lambda: self._tick(examiner.read_bytes))
                 self._done += 1
             scan.finish()
+            self._examine_file_indexes(
+                file_indexes, FileIndexScan(self._repository, reader, table, lists, self._findings)
+            )
             self._conclude(table)
             if self._findings.damages:
                 self._begin("impact", 0)
@@ -222,6 +232,14 @@ class Survey:
             again = table.source[number] != UNLISTED
             table.source[number] = source
             yield PackTask(table[number], listed, again)
+
+    def _examine_file_indexes(self, roots: dict[PointId, Root], scan: FileIndexScan) -> None:
+        self._begin("file indexes", len(roots))
+        known = {point.id for point in self._catalog.points()} | {point.id for point in self._catalog.damaged()}
+        for point, root in sorted(roots.items()):
+            scan.examine(point, root, is_known=point in known)
+            self._done += 1
+            self._tick(0)
 
     def _missing_pack(self, listed: SealedPack) -> None:
         """Whether this loses anything, the references tell: what it held may lie elsewhere too."""

@@ -11,7 +11,7 @@ import re
 import threading
 from collections import OrderedDict
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xbfs_engine.catalog.fileindex.root import open_file_index, seal_file_index
 from xbfs_engine.catalog.fileindex.segment import Segment
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from xbfs_engine.catalog.fileindex.records import FileIndex, SegmentRef
-    from xbfs_engine.storage.base import BlobInfo
+    from xbfs_engine.storage.base import BlobInfo, Storage
     from xbfs_engine.store.reader import ChunkReader
     from xbfs_engine.store.repository import Repository
 
@@ -34,6 +34,13 @@ NAME: Final = re.compile(r"files/([0-9a-f]{64})/([0-9]{8})")
 CACHE_BYTES: Final = 48 * MIB
 """Decoded segments that are kept: some hundred of usual size."""
 _TRIES: Final = 8
+
+
+class Root(NamedTuple):
+    """A root as listed."""
+
+    name: str
+    size_bytes: int
 
 
 class FileIndexes:
@@ -48,7 +55,7 @@ class FileIndexes:
 
     def points(self) -> set[PointId]:
         """The points that have an index, whole or damaged: one listing. Raises StorageError."""
-        return {PointId(match[1]) for match, _ in _named(self._repository.storage.list_blobs(PREFIX))}
+        return set(listed_roots(self._repository.storage))
 
     def get(self, point: PointId) -> FileIndex | None:
         """The index of a point, or None. Raises IndexCorrupt, FormatTooNew, StorageError."""
@@ -57,14 +64,10 @@ class FileIndexes:
             if not generations:
                 return None
             number = max(generations)
-            size = generations[number]
-            if size > OBJECT_SIZE_MAX:
-                raise IndexCorrupt(f"the file index of {point[:12]} has {size} bytes: more than {OBJECT_SIZE_MAX}")
             try:
-                blob = self._repository.storage.read(_name(point, number), 0, size)
+                return read_root(self._repository, point, Root(_name(point, number), generations[number]))
             except BlobNotFound:
                 continue  # replaced since it was listed
-            return open_file_index(self._repository.keys, point, blob)
         raise IndexCorrupt(f"the file index of {point[:12]} is being replaced over and over")
 
     def put(self, index: FileIndex) -> int:
@@ -119,6 +122,23 @@ class FileIndexes:
         """Number to size of every generation there is."""
         named = _named(self._repository.storage.list_blobs(f"{PREFIX}{point}/"))
         return {int(match[2]): blob.size_bytes for match, blob in named}
+
+
+def listed_roots(storage: Storage) -> dict[PointId, Root]:
+    """The newest root of every point that has one, by one listing. Raises StorageError."""
+    found: dict[PointId, Root] = {}
+    for match, blob in _named(storage.list_blobs(PREFIX)):
+        point, root = PointId(match[1]), Root(blob.name, blob.size_bytes)
+        if point not in found or found[point] < root:
+            found[point] = root
+    return found
+
+
+def read_root(repository: Repository, point: PointId, root: Root) -> FileIndex:
+    """One root. Raises IndexCorrupt, FormatTooNew; BlobNotFound if it was replaced; StorageError."""
+    if root.size_bytes > OBJECT_SIZE_MAX:
+        raise IndexCorrupt(f"the file index of {point[:12]} has {root.size_bytes} bytes: more than {OBJECT_SIZE_MAX}")
+    return open_file_index(repository.keys, point, repository.storage.read(root.name, 0, root.size_bytes))
 
 
 def _named(blobs: Iterator[BlobInfo]) -> Iterator[tuple[re.Match[str], BlobInfo]]:
