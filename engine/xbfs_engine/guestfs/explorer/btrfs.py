@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import zstandard
 from fs_explorer.codecs.crc32c import btrfs_name_hash
 from fs_explorer.entry import EntryType
-from fs_explorer.errors import CorruptDataError
+from fs_explorer.errors import CorruptDataError, UnsupportedFormatError
 from fs_explorer.filesystems.btrfs.fs import (
     COMPRESS_ZLIB,
     COMPRESS_ZSTD,
@@ -27,6 +27,7 @@ from fs_explorer.filesystems.btrfs.fs import (
     BtrfsFS,
     _dir_entries,
 )
+from fs_explorer.filesystems.btrfs.super import INCOMPAT_ZONED
 from fs_explorer.tree import Node
 
 from xbfs_engine.core.errors import GuestDamaged, GuestWrongKind
@@ -65,6 +66,8 @@ def open_btrfs(source: BlockSource) -> BtrfsVolume:
     with guarded():
         tree = _Tree(VolumeBytes(source, context.cache), context)
         sb = tree.sb
+        if sb.incompat_flags & INCOMPAT_ZONED:
+            raise UnsupportedFormatError("btrfs", "a filesystem of zones is not read")
         state, reason = VolumeState.CLEAN, ""
         if sb.log_root:
             state = VolumeState.DIRTY
