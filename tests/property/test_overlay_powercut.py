@@ -1,0 +1,278 @@
+"""Power cuts in the middle of anything: what a disk kept of what was not synced may be any part of it.
+
+The files are models: a file has what programs see, what is durable, and the operations between the two. A cut comes
+before any operation on any file; then, file by file, each sector of each operation since the last sync is kept or lost.
+Each sector of the opened overlay must hold what it held at the last flush that returned, or something younger.
+"""
+
+from __future__ import annotations
+
+import random  # noqa: TID251 - seeded
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.support.disks import CHUNK, MemoryDisk
+from xbfs.view.overlay.files import StateFiles
+from xbfs.view.overlay.opening import begin, resume
+from xbfs_engine.core.errors import BlobNotFound, XbfsError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from typing_extensions import Buffer
+
+    from xbfs.view.overlay import Overlay
+
+SECTOR = 512
+UNIT = 4096
+SIZE = CHUNK + 3 * UNIT + 3 * SECTOR
+SIZE_MAX = 2 * CHUNK
+BASE = MemoryDisk.full(SIZE)
+
+
+class PowerCut(BaseException):
+    """The machine is off."""
+
+
+@dataclass
+class Power:
+    """Goes out before the operation after next of ``left``; never if that is None."""
+
+    left: int | None = None
+
+    def use(self) -> None:
+        if self.left is not None:
+            if self.left == 0:
+                raise PowerCut
+            self.left -= 1
+
+
+@dataclass
+class ModelFile:
+    """A StateFile whose operations are volatile until it is synced."""
+
+    power: Power
+    durable: bytes = b""
+    content: bytearray = field(default_factory=bytearray)
+    pending: list[tuple[int, int, bytes | None]] = field(default_factory=list)
+    """(offset, length, bytes) of a write or a punched hole; (size, -1, None) of a truncation."""
+    forgets: bool = False
+    """Whether a sync does nothing: a disk that lies."""
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        return bytes(self.content[offset : offset + length])
+
+    def read_now(self, offset: int, length: int) -> bytes | None:
+        return None
+
+    def write_at(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        # A long write is not one operation to a disk.
+        for at, piece in pieces(offset, b"".join(buffers)):
+            self._do((at, len(piece), piece))
+
+    def punch(self, offset: int, length: int) -> None:
+        length = min(length, len(self.content) - offset)
+        if length > 0:
+            self._do((offset, length, bytes(length)))
+
+    def reserve(self, offset: int, length: int) -> None:
+        self._do((max(offset + length, len(self.content)), -1, None))
+
+    def truncate(self, size_bytes: int) -> None:
+        self._do((size_bytes, -1, None))
+
+    def size(self) -> int:
+        return len(self.content)
+
+    def next_data(self, offset: int) -> int | None:
+        rest = bytes(self.content[offset:])
+        return offset + len(rest) - len(rest.lstrip(b"\0")) if rest.strip(b"\0") else None
+
+    def sync(self) -> None:
+        self.power.use()
+        if not self.forgets:
+            self.durable, self.pending = bytes(self.content), []
+
+    def close(self) -> None:
+        pass
+
+    def _do(self, operation: tuple[int, int, bytes | None]) -> None:
+        self.power.use()
+        self.pending.append(operation)
+        apply(self.content, operation)
+
+    def cut(self, chance: random.Random, kept: float) -> None:
+        """What the disk has when it is on again: each pending piece with probability ``kept``, in order."""
+        content = bytearray(self.durable)
+        for offset, length, data in self.pending:
+            if data is None:
+                if chance.random() < kept:
+                    apply(content, (offset, length, data))
+                continue
+            for at, piece in pieces(offset, data):
+                if chance.random() < kept:
+                    apply(content, (at, len(piece), piece))
+        self.content, self.durable, self.pending = content, bytes(content), []
+
+
+def pieces(offset: int, data: bytes) -> list[tuple[int, bytes]]:
+    """``data`` by the sectors it lies in."""
+    edges = [offset, *range(offset // SECTOR * SECTOR + SECTOR, offset + len(data), SECTOR), offset + len(data)]
+    return [(low, data[low - offset : high - offset]) for low, high in pairwise(edges)]
+
+
+def apply(content: bytearray, operation: tuple[int, int, bytes | None]) -> None:
+    offset, length, data = operation
+    if data is None:
+        del content[offset:]
+        content.extend(bytes(offset - len(content)))
+    else:
+        content.extend(bytes(max(0, offset + length - len(content))))
+        content[offset : offset + length] = data
+
+
+class Guest:
+    """Does things to an overlay, and knows what each sector may hold if the power goes now."""
+
+    def __init__(self, chance: random.Random, *, lying: str = "") -> None:
+        self.chance = chance
+        self.power = Power()
+        self.lying = lying
+        self.files = StateFiles(*[ModelFile(self.power) for _ in StateFiles._fields])
+        self.versions = [BASE.read_at(0, SIZE)]
+        self.overlay: Overlay | None = None
+
+    def sectors(self, below: int) -> tuple[int, int]:
+        offset = self.chance.randrange(below // SECTOR + 1)
+        length = self.chance.choice((1, 3, 8, 8, 16, 24, 80))
+        return offset * SECTOR, min(offset + length, below // SECTOR) * SECTOR
+
+    def live(self, deeds: Sequence[str]) -> None:
+        """Open or create the overlay and do ``deeds``; raises PowerCut when the power goes."""
+        if self.overlay is None:
+            try:
+                self.overlay = resume(self.files, BASE, identity=b"i")
+            except BlobNotFound:
+                self.overlay = begin(self.files, BASE, identity=b"i")
+                for name, file in self.files._asdict().items():
+                    file.forgets = name == self.lying
+        self.check(self.overlay)
+        for deed in deeds:
+            getattr(self, deed)(self.overlay)
+            assert self.overlay.read_at(0, SIZE_MAX) == self.versions[-1]
+
+    def check(self, overlay: Overlay) -> None:
+        """After opening: an allowed state, which is durable from now on."""
+        found = overlay.read_at(0, SIZE_MAX)
+        allowed = [np.frombuffer(version, np.uint8) for version in self.versions if len(version) == len(found)]
+        assert allowed, f"{len(found)} bytes"
+        # A size that is no whole number of sectors: the rest is compared as a sector of its own.
+        for at in range(0, len(found), SECTOR):
+            sector = np.frombuffer(found, np.uint8)[at : at + SECTOR]
+            assert any(np.array_equal(sector, version[at : at + SECTOR]) for version in allowed), f"sector at {at}"
+        self.versions = [found]
+
+    def write(self, overlay: Overlay) -> None:
+        start, end = self.sectors(overlay.size_bytes)
+        data = self.chance.randbytes(end - start)
+        self.change(start, data)
+        overlay.write_at(start, [data])
+
+    def rewrite(self, overlay: Overlay) -> None:
+        """The same unit in many ways."""
+        for deed in self.chance.choices((self.write, self.zero), k=3):
+            state = self.chance.getstate()
+            self.chance.seed(1)
+            deed(overlay)
+            self.chance.setstate(state)
+            self.chance.random()
+
+    def zero(self, overlay: Overlay) -> None:
+        start, end = self.sectors(overlay.size_bytes)
+        self.change(start, bytes(end - start))
+        overlay.discard(start, end - start)
+
+    def change(self, start: int, data: bytes) -> None:
+        old = self.versions[-1]
+        self.versions.append(old[:start] + data + old[start + len(data) :])
+
+    def flush(self, overlay: Overlay) -> None:
+        overlay.flush()
+        self.versions = self.versions[-1:]
+
+    def resize(self, overlay: Overlay) -> None:
+        old = self.versions
+        size = self.chance.randrange(SIZE_MAX)
+        shown = [version[:size].ljust(size, b"\0") for version in old]
+        self.versions = old + shown
+        overlay.resize(size)
+        self.versions = shown[-1:] if size < len(old[-1]) else shown
+
+    def regrow(self, overlay: Overlay) -> None:
+        """Shrink, and be as big as before at once."""
+        size = overlay.size_bytes
+        self.resize(overlay)
+        old = self.versions
+        shown = [version[:size].ljust(size, b"\0") for version in old]
+        self.versions = old + shown
+        overlay.resize(size)
+        self.versions = shown[-1:] if size < len(old[-1]) else shown
+
+    def lose_power(self) -> None:
+        self.power.left = None
+        for file in self.files:
+            assert isinstance(file, ModelFile)
+            file.cut(self.chance, self.chance.choice((0.0, 0.5, 1.0)))
+        self.overlay = None
+
+    def die(self) -> None:
+        """SIGKILL: what was not synced is in the kernel's memory still."""
+        self.power.left = None
+        self.overlay = None
+
+
+Life = tuple[list[str], int, bool]
+deeds = st.lists(
+    st.sampled_from(["write", "rewrite", "zero", "flush", "resize", "regrow", "flush", "write"]), max_size=9
+)
+lives = st.lists(st.tuples(deeds, st.integers(0, 250), st.sampled_from([True, True, False])), min_size=1, max_size=4)
+
+
+def history(lived: list[Life], seed: int, *, lying: str = "") -> None:
+    guest = Guest(random.Random(seed), lying=lying)
+    for what, until, is_cut in lived:
+        guest.power.left = until
+        with suppress(PowerCut):
+            guest.live(what)
+        if is_cut:
+            guest.lose_power()
+        else:
+            guest.die()
+    guest.live([])
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(lives, st.integers(0, 1 << 32))
+def test_every_sector_is_as_flushed_or_younger(lived: list[Life], seed: int) -> None:
+    history(lived, seed)
+
+
+@pytest.mark.parametrize("lying", StateFiles._fields)
+def test_the_model_finds_out_a_disk_that_does_not_sync(lying: str) -> None:
+    """Proof that the test above can fail: any one file that is not synced when it should be is found out."""
+
+    def all_survive() -> None:
+        for seed in range(300):
+            chance = random.Random(seed)
+            lived = [(chance.choices(["write", "zero", "flush", "regrow"], k=8), 10_000, True) for _ in range(2)]
+            history(lived, seed, lying=lying)
+
+    with pytest.raises((AssertionError, XbfsError)):
+        all_survive()

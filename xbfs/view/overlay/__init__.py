@@ -1,0 +1,19 @@
+"""Writable disks: copy-on-write over disks of restore points, in local files that survive crashes (ADR 0007)."""
+
+from __future__ import annotations
+
+from xbfs.view.overlay.header import IDENTITY_BYTES_MAX, Header
+from xbfs.view.overlay.opening import create_overlay, open_overlay, read_header
+from xbfs.view.overlay.overlay import Overlay
+from xbfs.view.overlay.regions import Layer, Region
+
+__all__ = [
+    "IDENTITY_BYTES_MAX",
+    "Header",
+    "Layer",
+    "Overlay",
+    "Region",
+    "create_overlay",
+    "open_overlay",
+    "read_header",
+]
