@@ -3,12 +3,9 @@ XbfsError comes out, and time, memory and reads stay bounded whatever the image 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 import tracemalloc
-import uuid
-import zlib
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,14 +13,27 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.support.volume_images import BytesSource, golden_disks, scan
+from tests.support.volume_seal import (
+    LUKS2,
+    LVM,
+    MD_CASES,
+    PHYSICAL,
+    TEXT,
+    THIN,
+    ebr_disk,
+    gpt_disk,
+    luks1_disk,
+    luks2_disk,
+    seal_gpt,
+    seal_md1,
+    seal_thin,
+)
 from xbfs_engine.core.errors import GuestDamaged, XbfsError
 from xbfs_engine.formats.partitions import read_partitions
-from xbfs_engine.guestfs.crc32c import crc32c
 from xbfs_engine.guestfs.volumes import VolumeKey, VolumeStatus
 from xbfs_engine.guestfs.volumes.luks.header import find_luks
 from xbfs_engine.guestfs.volumes.luks.unlock import unlock
 from xbfs_engine.guestfs.volumes.lvm.group import VolumeGroup
-from xbfs_engine.guestfs.volumes.lvm.label import find_lvm_label, read_metadata
 from xbfs_engine.guestfs.volumes.lvm.metadata import parse_metadata
 from xbfs_engine.guestfs.volumes.lvm.text import parse_lvm_text
 from xbfs_engine.guestfs.volumes.lvm.thin import ThinPool
@@ -34,7 +44,6 @@ if TYPE_CHECKING:
 
 SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 MEMORY_MAX = 24 << 20
-LVM = golden_disks("lvm")
 MD = golden_disks("md_mirrors")
 SPECIAL = (0, 1, 2, 7, 0x7F, 0x80, 0xFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 62, (1 << 64) - 1)
 EDITS = st.lists(
@@ -78,38 +87,6 @@ def survives(disks: dict[int, bytes], keys: tuple[VolumeKey, ...] = ()) -> None:
         tracemalloc.stop()
 
 
-def gpt_disk(sector: int = 512) -> bytearray:
-    """A disk with a GPT of two partitions, and its backup."""
-    disk = bytearray(1 << 20)
-    entries = b""
-    for number in (1, 2):
-        kind, own = uuid.UUID(int=77).bytes_le, uuid.UUID(int=number).bytes_le
-        entries += struct.pack("<16s16sQQQ72s", kind, own, 100 * number, 100 * number + 50, 0, b"n\0")
-    entries = entries.ljust(128 * 128, b"\0")
-    last = len(disk) // sector - 1
-    for own, other, at in ((1, last, 2), (last, 1, last - 32)):
-        disk[at * sector : at * sector + len(entries)] = entries
-        disk[own * sector : own * sector + 92] = struct.pack(
-            "<8sIIIIQQQQ16sQIII", b"EFI PART", 0x10000, 92, 0, 0, own, other, 34, last - 34, b"d" * 16, at, 128, 128, 0
-        )
-    disk[510:512] = b"\x55\xaa"
-    disk[446:462] = struct.pack("<BxxxBxxxII", 0, 0xEE, 1, last)
-    seal_gpt(disk, 1)
-    seal_gpt(disk, last)
-    return disk
-
-
-def seal_gpt(disk: bytearray, lba: int) -> None:
-    """Make both checksums right, as far as what the header claims allows."""
-    at = lba * 512
-    entries, count, size = struct.unpack_from("<QII", disk, at + 72)
-    if entries < 1 << 32 and count * size < 1 << 20:
-        struct.pack_into("<I", disk, at + 88, zlib.crc32(disk[entries * 512 : entries * 512 + count * size]))
-    length = min(struct.unpack_from("<I", disk, at + 12)[0], 512)
-    struct.pack_into("<I", disk, at + 16, 0)
-    struct.pack_into("<I", disk, at + 16, zlib.crc32(disk[at : at + length]))
-
-
 @SETTINGS
 @given(edits=EDITS, place=st.sampled_from(("header", "entries", "mbr")))
 def test_gpt(edits: list[tuple[int, int, int]], place: str):
@@ -123,23 +100,6 @@ def test_gpt(edits: list[tuple[int, int, int]], place: str):
         for part in table.partitions:
             assert part.size_bytes >= 0
             assert part.start_bytes + part.size_bytes <= len(disk) or not part.size_bytes
-
-
-def ebr_disk() -> bytearray:
-    disk = bytearray(1 << 20)
-
-    def entry(sector: int, index: int, kind: int, start: int, count: int) -> None:
-        at = sector * 512 + 446 + index * 16
-        disk[at : at + 16] = struct.pack("<BxxxBxxxII", 0, kind, start, count)
-        disk[sector * 512 + 510 : sector * 512 + 512] = b"\x55\xaa"
-
-    entry(0, 0, 0x83, 8, 50)
-    entry(0, 1, 0x05, 100, 1000)
-    for number, sector in enumerate((100, 200, 300)):
-        entry(sector, 0, 0x83, 8, 50)
-        if number < 2:
-            entry(sector, 1, 0x05, 100 * (number + 1), 100)
-    return disk
 
 
 def test_a_chain_of_logical_drives_that_comes_back_ends():
@@ -157,24 +117,6 @@ def test_mbr(edits: list[tuple[int, int, int]], sector: int):
     disk = ebr_disk()
     edit(disk, edits, sector * 512 + 446, 64)
     survives({0: bytes(disk)})
-
-
-def seal_md1(disk: bytearray, at: int) -> None:
-    count = min(struct.unpack_from("<I", disk, at + 220)[0], 1900)
-    struct.pack_into("<I", disk, at + 216, 0)
-    covered = disk[at : at + 256 + 2 * count]
-    words = len(covered) // 4
-    total = sum(struct.unpack_from(f"<{words}I", covered)) + int.from_bytes(covered[4 * words :], "little")
-    struct.pack_into("<I", disk, at + 216, ((total & 0xFFFFFFFF) + (total >> 32)) & 0xFFFFFFFF)
-
-
-MD_CASES = {
-    "raid0": ("md", (0, 1, 2), 4096),
-    "raid10": ("md", (3, 4, 5, 6), 0),
-    "linear": ("md", (13, 14), 4096),
-    "raid1": ("md_mirrors", (4, 5, 6), 0),
-    "rebuilding": ("md_mirrors", (10, 11), 4096),
-}
 
 
 @SETTINGS
@@ -202,15 +144,6 @@ def test_md_090(edits: list[tuple[int, int, int]], number: int):
     survives({12: MD[12], 13: MD[13], number: bytes(disk)})
 
 
-def text_of(disk: bytes) -> bytes:
-    source = BytesSource(disk)
-    label = find_lvm_label(source)
-    assert label is not None
-    return read_metadata(source, label)[0].text
-
-
-TEXT = text_of(LVM[0])
-PHYSICAL = {find_lvm_label(BytesSource(data)).uuid: BytesSource(data) for data in LVM.values()}
 WORDS = [
     b"0", b"1", b"2", b"-1", b"18446744073709551615", b"4294967296", b'"pv0"', b'"linear"', b'"raid1_rimage_0"',
     b'"vg0"', b"[", b"]", b"{", b"}", b"=", b"striped", b'"raid10"', b'"thin"', b'"mirror"', b"1.5", b"#", b'"', b"",
@@ -274,24 +207,13 @@ def test_logical_volumes_made_of_themselves_and_each_other_are_refused():
     assert all(volume.source is None for volume in VolumeGroup(parse_metadata(text), {}).volumes())
 
 
-def thin_metadata() -> bytearray:
-    group = VolumeGroup(parse_metadata(TEXT), PHYSICAL)
-    source = group._lv("pool_tmeta")
-    return bytearray(source.read_at(0, source.size_bytes))
-
-
-THIN = thin_metadata()
-
-
 @SETTINGS
 @given(edits=EDITS, block=st.integers(0, 40), key=st.integers(0, 1 << 64))
 @example(edits=[(16, 4, 0xFFFFFFFF)], block=1, key=0)
 def test_thin_metadata(edits: list[tuple[int, int, int]], block: int, key: int):
     data = bytearray(THIN)
     edit(data, edits, 4096 * block + 4, 508)
-    xor = 160774 if block == 0 else 121107
-    checksum = crc32c(bytes(data[4096 * block + 4 : 4096 * (block + 1)])) ^ 0xFFFFFFFF ^ xor
-    struct.pack_into("<I", data, 4096 * block, checksum)
+    seal_thin(data, block)
     try:
         pool = ThinPool(BytesSource(data), BytesSource(bytes(1 << 20)))
         volume = pool.volume(1, 1 << 40, None)
@@ -310,45 +232,9 @@ def test_a_tree_of_a_thin_pool_that_leads_back_into_itself_is_refused():
     values = at + 32 + 8 * struct.unpack_from("<I", data, at + 20)[0]
     for index in range(count):
         struct.pack_into("<Q", data, values + 8 * index, root)
-    struct.pack_into("<I", data, at, crc32c(bytes(data[at + 4 : at + 4096])) ^ 0xFFFFFFFF ^ 121107)
+    seal_thin(data, root)
     with pytest.raises(GuestDamaged, match="deeper than"):
         ThinPool(BytesSource(data), BytesSource(bytes(1 << 20))).volume(1, 1 << 20, None)
-
-
-LUKS2 = {
-    "keyslots": {
-        "0": {
-            "type": "luks2", "key_size": 32,
-            "af": {"type": "luks1", "stripes": 4, "hash": "sha256"},
-            "area": {"type": "raw", "offset": "32768", "size": "4096", "encryption": "aes-xts-plain64", "key_size": 32},
-            "kdf": {"type": "pbkdf2", "hash": "sha256", "iterations": 1000, "salt": "c2FsdHNhbHQ="},
-        }
-    },
-    "tokens": {},
-    "segments": {
-        "0": {
-            "type": "crypt", "offset": "40960", "size": "dynamic", "iv_tweak": "0", "encryption": "aes-xts-plain64",
-            "sector_size": 512,
-        }
-    },
-    "digests": {
-        "0": {
-            "type": "pbkdf2", "keyslots": ["0"], "segments": ["0"], "hash": "sha256", "iterations": 1000,
-            "salt": "c2FsdHNhbHQ=", "digest": "ZGlnZXN0ZGlnZXN0ZGlnZXN0ZGlnZXN0",
-        }
-    },
-    "config": {"json_size": "12288", "keyslots_size": "4096"},
-}  # fmt: skip
-
-
-def luks2_disk(text: bytes) -> bytes:
-    header = bytearray(16384)
-    struct.pack_into(
-        ">6sHQQ48s32s64s40s48sQ", header, 0, b"LUKS\xba\xbe", 2, 16384, 1, b"l", b"sha256", b"s", b"u", b"", 0
-    )
-    header[4096 : 4096 + len(text)] = text
-    header[448:480] = hashlib.sha256(header).digest()
-    return bytes(header) + bytes(65536)
 
 
 def paths(value: object, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -392,12 +278,7 @@ def test_a_luks2_header_that_is_no_json_is_refused(text: bytes):
 @SETTINGS
 @given(edits=EDITS, payload=st.binary(max_size=64))
 def test_luks1(edits: list[tuple[int, int, int]], payload: bytes):
-    disk = bytearray(1 << 16)
-    slot = struct.pack(">II32sII", 0x00AC71F3, 1000, b"salt" * 8, 8, 4)
-    disk[:256] = struct.pack(
-        ">6sH32s32s32sII20s32sI40s", b"LUKS\xba\xbe", 1, b"aes", b"xts-plain64", b"sha256", 64, 32, b"d" * 20,
-        b"s" * 32, 1000, b"uuid",
-    ) + slot  # fmt: skip
+    disk = luks1_disk()
     # Iterations are left alone: a header may ask for a minute of work, and get it.
     edit(
         disk, [edit_ for edit_ in edits if not 160 <= edit_[0] % 256 < 172 and not 208 <= edit_[0] % 256 < 216], 8, 248

@@ -88,10 +88,13 @@ class SparseSource:
         return data[offset - first * CHUNK :][:length]
 
     def write_at(self, offset: int, data: bytes) -> None:
-        for at in range(offset, offset + len(data)):
-            number, inside = divmod(at, CHUNK)
+        at = 0
+        while at < len(data):
+            number, inside = divmod(offset + at, CHUNK)
+            piece = data[at : at + CHUNK - inside]
             old = self.chunks.get(number, bytes(CHUNK))
-            self.chunks[number] = old[:inside] + data[at - offset : at - offset + 1] + old[inside + 1 :]
+            self.chunks[number] = old[:inside] + piece + old[inside + len(piece) :]
+            at += len(piece)
 
 
 def refuse_outside(size_bytes: int, offset: int, length: int) -> None:

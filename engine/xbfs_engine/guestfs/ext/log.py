@@ -276,6 +276,8 @@ class _Walk:
             raise _BadTransaction(f"a revoke block uses {used} bytes")
         width, code = (8, "Q") if self._log.incompat & _64BIT else (4, "I")
         self._revoked.update(struct.unpack_from(f">{(used - 16) // width}{code}", block, 16))
+        if len(self._revoked) > _COPIES_MAX:
+            raise GuestUnsupported(f"the journal revokes more than {_COPIES_MAX} blocks at once")
 
     def _commit(self, block: bytes) -> None:
         kind, size = block[12], block[13]
