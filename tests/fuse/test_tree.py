@@ -38,7 +38,8 @@ def test_the_listing_is_exactly_the_documented_one(mounted: Mounted) -> None:
     expected |= {f"by-id/{point.id}" for point in points}
     for time in TIMES:
         expected |= {f"at/{time}", f"at/{time}/vm"}
-        expected |= {f"vms/vm/{time}{rest}" for rest in ("", "/disks", "/vm.json", "/report.json")}
+        expected |= {f"vms/vm/{time}{rest}" for rest in ("", "/disks", "/vm.json", "/report.json", "/root")}
+        expected |= {f"vms/vm/{time}/files{rest}" for rest in ("", "/0.json", "/1.json")}
         expected |= {f"vms/vm/{time}/disks/{name}" for name in ("0.raw", "0.vhd", "1.raw", "1.vhd")}
     assert set(walk(mounted.directory)) == expected
 

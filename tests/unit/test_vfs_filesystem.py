@@ -10,6 +10,7 @@ import trio
 
 from tests.support.engine import CHUNK, Engine, pattern
 from tests.support.faulty_storage import Fault, FaultyStorage, Kind, Mode
+from tests.support.guests_here import GuestsHere
 from xbfs.vfs import inodes
 from xbfs.vfs.filesystem import MISS_REFRESH_S, FileSystem, ViewOptions
 from xbfs_engine.catalog.catalog import Catalog
@@ -46,7 +47,7 @@ def run(repository: Repository, test: Callable[[FileSystem], Awaitable[None]], *
     opened = Engine(storage, repository.engine.index._directory, clock=repository.engine.clock)
 
     async def main() -> None:
-        filesystem = FileSystem(opened.repository, Catalog(opened.repository), ViewOptions(deadline_s=5))
+        filesystem = FileSystem(opened.repository, Catalog(opened.repository), ViewOptions(deadline_s=5), GuestsHere())
         async with trio.open_nursery() as nursery:
             nursery.start_soon(filesystem.tend)
             try:

@@ -5,12 +5,23 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Final
 
-from xbfs_engine.core.errors import ImageUnsupported, KeyNotHeld, PointNotFound, UsageError
+from xbfs_engine.core.errors import (
+    GuestLocked,
+    GuestNotFound,
+    GuestWrongKind,
+    ImageUnsupported,
+    KeyNotHeld,
+    PointNotFound,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from xbfs_engine.core.errors import XbfsError
 
 _ERRNOS: Final[dict[type[XbfsError], int]] = {
+    GuestLocked: errno.EACCES,
+    GuestNotFound: errno.ENOENT,
+    GuestWrongKind: errno.EINVAL,
     ImageUnsupported: errno.EOPNOTSUPP,
     KeyNotHeld: errno.EACCES,
     PointNotFound: errno.ENOENT,

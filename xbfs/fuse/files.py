@@ -6,18 +6,18 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from xbfs.vfs.handles import ImageHandle
+    from xbfs.vfs.handles import OpenFile
 
 
 class OpenFiles:
-    """Images, and texts: files whose content was fixed when they were opened."""
+    """Images and guests' files (``images``), and texts: files whose content was fixed when they were opened."""
 
     def __init__(self) -> None:
         self._numbers = count(1)
-        self.images: dict[int, ImageHandle] = {}
+        self.images: dict[int, OpenFile] = {}
         self.texts: dict[int, bytes] = {}
 
-    def add_image(self, image: ImageHandle) -> int:
+    def add_image(self, image: OpenFile) -> int:
         """The handle of a newly opened image."""
         number = next(self._numbers)
         self.images[number] = image

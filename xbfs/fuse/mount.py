@@ -24,13 +24,17 @@ from xbfs.fuse.plane import DataPlane
 from xbfs.vfs.filesystem import FileSystem, ViewOptions
 from xbfs_engine.core.errors import MountFailed, StorageTimeout
 from xbfs_engine.core.log import Logger
+from xbfs_engine.guestfs.reading import GuestReading
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from xbfs.fuse.operations import Operations
     from xbfs.vfs.filesystem import Changes
+    from xbfs.vfs.guests.source import Guests
     from xbfs_engine.catalog.catalog import Catalog
+    from xbfs_engine.core.runtime import Clock
+    from xbfs_engine.guestfs.volumes.records import Disk, VolumeKey
     from xbfs_engine.store.reader import Locator
     from xbfs_engine.store.repository import Repository
 
@@ -61,15 +65,47 @@ class MountOptions:
     data_plane: DataPlaneKind = DataPlaneKind.DEVICE
 
 
+class _ReadHere(GuestReading):
+    """A guest read in this process."""
+
+    def give_keys(self, keys: Sequence[VolumeKey]) -> None:
+        """Replace the keys."""
+        self.__init__(self._disks, keys)  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class _ReadingHere:
+    """Reads guests in this process, until there are others for it."""
+
+    live = 0
+
+    def open(self, name: str, disks: Sequence[Disk], keys: Sequence[VolumeKey] = ()) -> _ReadHere:
+        """The guest on disks."""
+        return _ReadHere(disks, keys)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def _reading_here(clock: Clock) -> Guests:
+    return _ReadingHere()
+
+
 @dataclass(frozen=True, slots=True)
 class MountServer:
-    """A mount of ``repository`` on ``directory``, to be served once. ``locator`` finds chunks that compaction moved."""
+    """A mount of ``repository`` on ``directory``, to be served once.
+
+    ``locator`` finds chunks that compaction moved; ``guests`` makes what reads guests' files.
+    """
 
     repository: Repository
     catalog: Catalog
     directory: Path
     options: MountOptions = field(default_factory=MountOptions)
     locator: Locator | None = None
+    guests: Callable[[Clock], Guests] = _reading_here
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:
         """Mount and serve until somebody unmounts or SIGTERM or SIGINT comes; ``ready`` is called once it is usable.
@@ -81,15 +117,18 @@ class MountServer:
 
         options = self.options
         path = mountpoint.prepare(self.directory, self.repository.storage.location())
-        filesystem = FileSystem(self.repository, self.catalog, options.view, self.locator)
+        view = replace(options.view, for_others=options.allow_other)
+        guests = self.guests(self.repository.runtime.clock)
+        filesystem = FileSystem(self.repository, self.catalog, view, guests, self.locator)
         try:
             await self._list(filesystem)
             files = OpenFiles()
-            operations = Operations(filesystem, files, for_others=options.allow_other)
+            operations = Operations(filesystem, files)
             connect = _by_device if options.data_plane is DataPlaneKind.DEVICE else _by_libfuse
             with mountpoint.unmounted_after_death(path), connect(operations, files, filesystem, path, options) as plane:
                 await _serve(filesystem, plane, path, ready)
         finally:
+            guests.close()
             filesystem.close()
 
     def serve(self, ready: Callable[[], None] = lambda: None) -> None:
@@ -152,7 +191,7 @@ def _by_device(
             token.run_sync_soon(terminate)
 
     device = mount_device(path, _kernel_options(options), _refusal_hint(options))
-    plane = DataPlane(device, files, filesystem.clock, deadline_s=options.view.deadline_s, ended=ended)
+    plane = DataPlane(device, files, filesystem.clock, ended=ended)
     try:
         pyfuse3.init(operations, f"/dev/fd/{plane.control}", _kernel_options(options))
         open_session = True

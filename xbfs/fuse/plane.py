@@ -20,6 +20,7 @@ import sys
 import threading
 from collections import deque
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
@@ -27,7 +28,7 @@ import trio
 
 from xbfs.fuse import wire
 from xbfs.fuse.errnos import errno_of
-from xbfs.vfs.gate import BlobStalled
+from xbfs.vfs.gate import Parked
 from xbfs.vfs.pool import cores
 from xbfs_engine.core.errors import StorageTimeout, XbfsError
 from xbfs_engine.core.log import Logger
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from xbfs.fuse.files import OpenFiles
-    from xbfs.vfs.handles import ImageHandle
+    from xbfs.vfs.handles import OpenFile
     from xbfs.view.base import Part
     from xbfs_engine.core.runtime import Clock
 
@@ -54,12 +55,17 @@ _log = Logger("xbfs.mount")
 
 
 class _Waiting(NamedTuple):
-    """A read that needs the storage, since when."""
+    """A request that may have to wait for the storage, how it is answered, and since when it waits."""
 
-    image: ImageHandle
+    file: OpenFile
+    call: Callable[[], Sequence[Part]]
     offset: int
     size: int
     began_s: float
+
+
+class _NoSuchPlace(Exception):
+    """There is no data, or hole, behind an offset."""
 
 
 class DataPlane:
@@ -69,13 +75,10 @@ class DataPlane:
     was not the kernel that ended it.
     """
 
-    def __init__(
-        self, device: int, files: OpenFiles, clock: Clock, *, deadline_s: float, ended: Callable[[], None]
-    ) -> None:
+    def __init__(self, device: int, files: OpenFiles, clock: Clock, *, ended: Callable[[], None]) -> None:
         self._device = device
         self._files = files
         self._clock = clock
-        self._deadline_s = deadline_s
         self._ended = ended
         self._base = cores() + 1
         self._lock = threading.Lock()
@@ -164,7 +167,17 @@ class DataPlane:
                     parts = image.parts_cached(offset, length)
                     if parts is not None:
                         self._answer(unique, parts)
-                    elif not self._read(unique, image, offset, length):
+                    elif not self._wait(unique, image, partial(image.parts_now, offset, length), offset, length):
+                        return
+                    continue
+            if opcode == wire.LSEEK:
+                handle, offset, whence = wire.LSEEK_IN.unpack_from(buffer, wire.IN_HEADER.size)
+                image = images.get(handle)
+                if image is not None:
+                    seek = partial(_sought, image, offset, data=whence == os.SEEK_DATA)
+                    if not image.seek_waits:
+                        self._answer_now(unique, seek)
+                    elif not self._wait(unique, image, seek, offset, 0):
                         return
                     continue
             if not self._handled(opcode, unique, buffer):
@@ -180,16 +193,6 @@ class DataPlane:
             if text is None:
                 return False
             self._answer(unique, (text[offset : offset + length],))
-        elif opcode == wire.LSEEK:
-            handle, offset, whence = wire.LSEEK_IN.unpack_from(request, wire.IN_HEADER.size)
-            image = self._files.images.get(handle)
-            if image is None:
-                return False
-            position = image.seek(offset, data=whence == os.SEEK_DATA)
-            if position is None:
-                self._refuse(unique, errno.ENXIO)
-            else:
-                self._answer(unique, (wire.LSEEK_OUT.pack(position),))
         elif opcode == wire.INTERRUPT:
             # The kernel then sends no more of them. libfuse would wait for a request that it never sees.
             self._refuse(unique, errno.ENOSYS)
@@ -197,9 +200,15 @@ class DataPlane:
             return False
         return True
 
-    def _read(self, unique: int, image: ImageHandle, offset: int, size: int) -> bool:
-        """Read from storage and answer; False if this thread is not needed any more."""
-        self._waiting[unique] = _Waiting(image, offset, size, self._clock.monotonic_s())
+    def _answer_now(self, unique: int, seek: Callable[[], Sequence[Part]]) -> None:
+        try:
+            self._answer(unique, seek())
+        except _NoSuchPlace:
+            self._refuse(unique, errno.ENXIO)
+
+    def _wait(self, unique: int, file: OpenFile, call: Callable[[], Sequence[Part]], offset: int, size: int) -> bool:
+        """Make a call that may wait for the storage and answer; False if this thread is not needed any more."""
+        self._waiting[unique] = _Waiting(file, call, offset, size, self._clock.monotonic_s())
         with self._lock:
             self._busy += 1
             alone = self._busy >= self._threads
@@ -213,19 +222,20 @@ class DataPlane:
         return not superfluous
 
     def _attempt(self, unique: int) -> None:
-        """Read and answer, unless the deadline already has; a blob that is known to hang is waited for elsewhere."""
+        """Make the call and answer, unless the deadline already has; what is known to hang is waited for elsewhere."""
         waiting = self._waiting.get(unique)
         if waiting is None:
             return
-        image, offset, size, _ = waiting
         problem: XbfsError | None = None
         parts: Sequence[Part] = ()
         code = 0
         try:
-            parts = image.parts_now(offset, size)
-        except BlobStalled as exc:
+            parts = waiting.call()
+        except Parked as exc:
             exc.park(lambda: self._resume(unique))
             return
+        except _NoSuchPlace:
+            code = errno.ENXIO
         except XbfsError as exc:
             problem, code = exc, errno_of(exc)
         except Exception as exc:  # noqa: BLE001 - a bug there must cost one read, not the mount
@@ -238,7 +248,7 @@ class DataPlane:
             return
         self._refuse(unique, code)
         if problem is not None:
-            image.failed(offset, size, problem)
+            waiting.file.failed(waiting.offset, waiting.size, problem)
 
     def _resume(self, unique: int) -> None:
         """The blob answers again: read in a thread of its own, all that were parked one after the other."""
@@ -251,12 +261,13 @@ class DataPlane:
                 self._attempt(self._resumed.popleft())
 
     def _expire(self) -> None:
-        limit_s = self._clock.monotonic_s() - self._deadline_s
+        now_s = self._clock.monotonic_s()
         for unique, waiting in list(self._waiting.items()):
-            if waiting.began_s <= limit_s and self._waiting.pop(unique, None) is not None:
+            limit_s = waiting.file.timeout_s
+            if now_s - waiting.began_s >= limit_s and self._waiting.pop(unique, None) is not None:
                 self._refuse(unique, errno.EIO)
-                problem = StorageTimeout(f"no answer from the storage within {self._deadline_s:g} s")
-                waiting.image.failed(waiting.offset, waiting.size, problem)
+                problem = StorageTimeout(f"no answer from the storage within {limit_s:g} s")
+                waiting.file.failed(waiting.offset, waiting.size, problem)
 
     def _answer(self, unique: int, parts: Sequence[Part]) -> None:
         size = sum(map(len, parts))
@@ -272,3 +283,10 @@ class DataPlane:
             first, self._stopping = not self._stopping, True
         if first:
             self._ended()
+
+
+def _sought(file: OpenFile, offset: int, *, data: bool) -> Sequence[Part]:
+    position = file.seek(offset, data=data)
+    if position is None:
+        raise _NoSuchPlace
+    return (wire.LSEEK_OUT.pack(position),)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -18,8 +18,10 @@ import trio
 
 from xbfs.vfs import inodes
 from xbfs.vfs.gate import Gate
+from xbfs.vfs.guests.disks import PatientDisk
+from xbfs.vfs.guests.views import GuestOptions, GuestViews
 from xbfs.vfs.handles import ImageHandle
-from xbfs.vfs.images import DiskImage, open_image
+from xbfs.vfs.images import DiskImage, ImageFormat, open_image
 from xbfs.vfs.points import Points
 from xbfs.vfs.pool import ReadPool
 from xbfs.vfs.report import MountReport
@@ -28,10 +30,14 @@ from xbfs_engine.catalog.blockmap import NodeStore
 from xbfs_engine.core.errors import IntegrityError, XbfsError
 from xbfs_engine.core.limits import MIB
 from xbfs_engine.core.log import Logger
+from xbfs_engine.guestfs.volumes.records import Disk
 from xbfs_engine.store.cache import ChunkCache
 from xbfs_engine.store.reader import ChunkReader
 
 if TYPE_CHECKING:
+    from xbfs.vfs.guests.places import Place
+    from xbfs.vfs.guests.source import Guests, KeyedGuest
+    from xbfs.vfs.points import ShownPoint
     from xbfs.vfs.tree import ImageFile
     from xbfs_engine.catalog.catalog import Catalog
     from xbfs_engine.store.reader import Locator
@@ -49,11 +55,13 @@ _log = Logger("xbfs.mount")
 @dataclass(frozen=True, slots=True)
 class ViewOptions:
     """``cache_bytes`` of decoded chunks; a read is answered within ``deadline_s``; new points are looked for every
-    ``refresh_s``."""
+    ``refresh_s``; ``for_others``: other users may read too."""
 
     cache_bytes: int = 128 * MIB
     deadline_s: float = 30.0
     refresh_s: float = 5.0
+    for_others: bool = False
+    guests: GuestOptions = field(default_factory=GuestOptions)
 
 
 class Changes(NamedTuple):
@@ -69,11 +77,16 @@ _NOTHING: Final = Changes([], [])
 class FileSystem:
     """One mount of one repository; made inside the event loop, with ``tend`` running.
 
-    ``locator`` finds chunks that compaction moved.
+    ``guests`` reads guests' files; ``locator`` finds chunks that compaction moved.
     """
 
     def __init__(
-        self, repository: Repository, catalog: Catalog, options: ViewOptions, locator: Locator | None = None
+        self,
+        repository: Repository,
+        catalog: Catalog,
+        options: ViewOptions,
+        guests: Guests,
+        locator: Locator | None = None,
     ) -> None:
         self.options = options
         self.clock = repository.runtime.clock
@@ -90,7 +103,16 @@ class FileSystem:
         self._missed_s = self.clock.monotonic_s() - MISS_REFRESH_S
         # One at a time: a refresh that hangs keeps the catalog locked, others would only queue up behind it.
         self._refresh_limit = trio.CapacityLimiter(1)
-        self.report = MountReport(repository, self._cache, self._gate, self._pool)
+        self.report = MountReport(repository, self._cache, self._gate, self._pool, guests)
+        self._open_guest = guests.open
+        self.guests = GuestViews(
+            self._guest,
+            self._pool,
+            options.guests,
+            for_others=options.for_others,
+            deadline_s=options.deadline_s,
+            failed=self._guest_failed,
+        )
         self.tree = Tree(
             lambda: self.report.status_json(self.tree.points), lambda: self.report.metrics(self.tree.points)
         )
@@ -106,6 +128,13 @@ class FileSystem:
                     await self.refresh()
             found = self.tree.lookup(directory, name)
         return found
+
+    def place(self, inode: int) -> Place | None:
+        """What of guests' files a number stands for; None if it is none of them, or the kernel was never told."""
+        top = self.tree.guest(inode)
+        if top is None:
+            return self.guests.places.get(inode)
+        return self.guests.top(*top, inode)
 
     def open_image(self, file: ImageFile, inode: int) -> ImageHandle:
         """Open an image; reads nothing. Raises MapCorrupt."""
@@ -133,6 +162,7 @@ class FileSystem:
             if fresh is None:
                 return _NOTHING
             self.tree.points = fresh
+            self.guests.drop_all_but(fresh.by_id.keys())
             return _changes(before, fresh)
 
     async def look_again(self) -> Changes:
@@ -166,6 +196,29 @@ class FileSystem:
         points, damaged = self._catalog.points(), self._catalog.damaged()
         return None if before.same_as(points, damaged) else Points(points, damaged, before)
 
+    def _guest(self, shown: ShownPoint) -> KeyedGuest:
+        """The guest of a point; reads nothing."""
+        disks: list[Disk] = []
+        for disk in sorted(shown.point.disks, key=lambda disk: disk.number):
+            image = open_image(shown.point, disk, ImageFormat.RAW, self._nodes, self._cache)
+            source = PatientDisk(image, self._pool, timeout_s=self.options.deadline_s)
+            disks.append(Disk(str(disk.number), source))
+        return self._open_guest(shown.path, disks)
+
+    def _guest_failed(self, place: str, facts: dict[str, object], problem: XbfsError) -> None:
+        if self._is_new(place, problem):
+            self.report.guest_problems.append({**facts, "problem": problem.message})
+            _log.warning("a guest's file can not be read", hint=problem.hint, **facts, problem=problem.message)
+
+    def _is_new(self, place: str, problem: XbfsError) -> bool:
+        """Whether this is not known of the place yet; any thread may ask."""
+        known = (place, problem.message)
+        with self._problems_lock:
+            if known in self._seen:
+                return False
+            self._seen.append(known)
+            return True
+
     def _read_failed(self, file: ImageFile, offset: int, size: int, problem: XbfsError) -> None:
         facts: dict[str, object] = {
             "image": file.path,
@@ -175,12 +228,10 @@ class FileSystem:
             "size": size,
             "problem": problem.message,
         }
-        known = (file.path, problem.message)
         with self._problems_lock:
             self.report.failed_reads += 1
-            if known in self._seen:
-                return  # the kernel repeats a read page by page
-            self._seen.append(known)
+        if not self._is_new(file.path, problem):
+            return  # the kernel repeats a read page by page
         self.report.problems.append({"damage": isinstance(problem, IntegrityError), **facts})
         _log.warning("read failed", hint=problem.hint, **facts)
 

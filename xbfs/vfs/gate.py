@@ -8,6 +8,7 @@ Owns which reads are under way and since when. A read of a blob whose oldest rea
 from __future__ import annotations
 
 import threading
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Final
 
 from xbfs_engine.core.errors import StorageTimeout
@@ -24,7 +25,15 @@ PATIENCE_S: Final = 2.0
 """Slow disks and networks answer within this; a blob that does not is asked by nobody else meanwhile."""
 
 
-class BlobStalled(StorageTimeout):
+class Parked(StorageTimeout):
+    """Waiting now would only hold a thread: come back when ``park`` says so."""
+
+    @abstractmethod
+    def park(self, resume: Callable[[], None]) -> None:
+        """Have ``resume`` called, from any thread, when it is worth another try; maybe at once."""
+
+
+class BlobStalled(Parked):
     """A read of this blob is under way for too long: come back when it has ended."""
 
     def __init__(self, gate: Gate, name: str) -> None:

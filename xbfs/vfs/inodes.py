@@ -2,7 +2,8 @@
 
 A number is ``owner << 16 | code``. The owner is a hash of what a VM, a point or a damaged manifest is; the code says
 which of its files. The few fixed directories have small numbers without an owner; ``at/<time>`` carries its seconds.
-So a file handle kept by an NFS client over a restart leads to its file again.
+So a file handle kept by an NFS client over a restart leads to its file again. Numbers of guests' files are made
+otherwise (``guests.places``).
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ POINT_REPORT: Final = 2
 POINT_DISKS: Final = 3
 POINT_BY_ID: Final = 4
 POINT_AT: Final = 5
+POINT_FILES: Final = 6
+POINT_ROOT: Final = 7
 _IMAGES: Final = 256
 _FORMATS_MAX: Final = 16
 

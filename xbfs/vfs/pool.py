@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final, Generic, NoReturn, TypeVar, cast
 
 import trio
 
-from xbfs.vfs.gate import BlobStalled
+from xbfs.vfs.gate import Parked
 from xbfs_engine.core.errors import StorageTimeout, XbfsError
 from xbfs_engine.core.log import Logger
 
@@ -240,7 +240,7 @@ class ReadPool:
         error: Exception | None = None
         try:
             result = job.call()
-        except BlobStalled as exc:
+        except Parked as exc:
             if job.awaited:
                 exc.park(lambda: self._submit(job))
                 return

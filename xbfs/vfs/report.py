@@ -15,6 +15,7 @@ from xbfs.vfs.times import SECOND_NS, time_name
 
 if TYPE_CHECKING:
     from xbfs.vfs.gate import Gate
+    from xbfs.vfs.guests.source import Guests
     from xbfs.vfs.points import Points
     from xbfs.vfs.pool import ReadPool
     from xbfs_engine.store.cache import ChunkCache
@@ -24,16 +25,21 @@ PROBLEMS_MAX: Final = 64
 
 
 class MountReport:
-    """Health of one mount. Others add to ``failed_reads`` and ``problems`` and set the remaining fields."""
+    """Health of one mount. Others add to ``failed_reads`` and the problems and set the remaining fields.
 
-    def __init__(self, repository: Repository, cache: ChunkCache, gate: Gate, pool: ReadPool) -> None:
+    What is wrong with a guest's own files says nothing about the health of the mount.
+    """
+
+    def __init__(self, repository: Repository, cache: ChunkCache, gate: Gate, pool: ReadPool, guests: Guests) -> None:
         self._repository = repository
         self._cache = cache
         self._gate = gate
         self._pool = pool
+        self._guests = guests
         self._mounted_s = repository.runtime.clock.now_ns() // SECOND_NS
         self.failed_reads = 0
         self.problems: deque[dict[str, object]] = deque(maxlen=PROBLEMS_MAX)
+        self.guest_problems: deque[dict[str, object]] = deque(maxlen=PROBLEMS_MAX)
         self.refresh_problem: str | None = None
         self.read_ahead_kib: int | None = None
 
@@ -61,6 +67,7 @@ class MountReport:
                     "misses": self._cache.misses,
                     "hit_ratio": self._hit_ratio(),
                 },
+                "guests": {"live": self._guests.live, "recent_problems": list(self.guest_problems)},
                 "threads": self._pool.size,
                 "kernel_read_ahead_kib": self.read_ahead_kib,
             }

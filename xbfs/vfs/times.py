@@ -22,6 +22,16 @@ def iso_time(seconds: int) -> str:
     return datetime.datetime.fromtimestamp(min(seconds, SECONDS_MAX), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def iso_time_ns(time_ns: int) -> str:
+    """Nanoseconds since 1970 in ISO 8601 with all digits, UTC; of years that has no room for: ``@`` and the seconds."""
+    seconds, rest_ns = divmod(time_ns, SECOND_NS)
+    try:
+        time = datetime.datetime.fromtimestamp(0, datetime.UTC) + datetime.timedelta(seconds=seconds)
+    except OverflowError:
+        return f"@{seconds}.{rest_ns:09d}"
+    return f"{time.isoformat()[:19]}.{rest_ns:09d}Z"
+
+
 def parse_time(text: str) -> int | None:
     """Seconds since 1970 of a time in our own form or in ISO 8601 (UTC unless it says otherwise), else None."""
     if len(text) > _TIME_TEXT_MAX:

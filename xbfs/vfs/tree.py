@@ -3,9 +3,11 @@
 Owns no data: ``points`` is a whole immutable state that the event loop replaces by the next. Every answer comes from
 manifests in memory, never from storage. For the event loop's thread.
 
-    vms/<vm>/<time>/vm.json  report.json  disks/<n>.raw  <n>.vhd
+    vms/<vm>/<time>/vm.json  report.json  disks/<n>.raw  <n>.vhd  files/  root/
     vms/<vm>/latest -> <time>        by-id/<id> -> ../vms/...        at/<time>/<vm> -> ../../vms/...
     .xbfs/status.json  metrics
+
+What is in `files` and `root` is ``guests.views``' business.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xbfs.vfs import inodes
+from xbfs.vfs.guests.places import View
 from xbfs.vfs.images import ImageFormat, image_formats, image_size, vhd_refusal
 from xbfs.vfs.points import Points, ShownDamage, ShownPoint, VmDirectory
 from xbfs.vfs.texts import report_json, vm_json
@@ -34,9 +37,13 @@ _FIXED: Final[dict[int, tuple[Entry, ...]]] = {
 }
 _POINT: Final = (
     ("disks", inodes.POINT_DISKS),
+    ("files", inodes.POINT_FILES),
+    ("root", inodes.POINT_ROOT),
     ("report.json", inodes.POINT_REPORT),
     ("vm.json", inodes.POINT_VM),
 )
+_IN_POINT: Final = frozenset(code for _, code in _POINT)
+_VIEWS: Final = {inodes.POINT_FILES: View.FILES, inodes.POINT_ROOT: View.ROOT}
 _LATEST: Final = "latest"
 _DAMAGE_SUFFIX: Final = ".error.txt"
 
@@ -136,7 +143,7 @@ class Tree:
             return [(name, inodes.make(owner, child)) for name, child in _POINT]
         if isinstance(shown, ShownPoint) and code == inodes.POINT_DISKS:
             return list(_images(shown))
-        return None
+        return None if self.guest(directory) is None else []
 
     def parent(self, inode: int) -> int | None:
         """The directory of an inode (that of the root is itself), or None if there is no such inode."""
@@ -198,6 +205,12 @@ class Tree:
         found = self._image(inode)
         return None if found is None or found.format is ImageFormat.VHD_REFUSED else found
 
+    def guest(self, inode: int) -> tuple[ShownPoint, View] | None:
+        """The point whose guest a directory shows, and how; None if it shows none."""
+        owner, code = inodes.split(inode)
+        shown = self.points.owners.get(owner)
+        return (shown, _VIEWS[code]) if isinstance(shown, ShownPoint) and code in _VIEWS else None
+
     def extended(self, inode: int) -> dict[str, str]:
         """Extended attributes, none if there is no such inode."""
         shown = self.points.owners.get(inodes.split(inode).owner)
@@ -256,7 +269,7 @@ class Tree:
     def _point_parent(self, shown: ShownPoint, code: int) -> int | None:
         if code == inodes.POINT_DIRECTORY:
             return inodes.make(shown.vm.owner, inodes.VM_DIRECTORY)
-        if code in (inodes.POINT_VM, inodes.POINT_REPORT, inodes.POINT_DISKS):
+        if code in _IN_POINT:
             return inodes.make(shown.owner, inodes.POINT_DIRECTORY)
         if code == inodes.POINT_BY_ID:
             return inodes.BY_ID

@@ -1,0 +1,105 @@
+"""Open directories of guests, listed as far as the kernel reads on. For the event loop's thread.
+
+The offset behind an entry is the reader's own cookie, so a listing goes on anywhere, at any opening, from the offset
+alone; one page is kept.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+
+from xbfs.vfs.guests.places import Top, View
+from xbfs_engine.guestfs.base import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from xbfs.vfs.guests.attributes import GuestAttributes
+    from xbfs.vfs.guests.places import Directory, Node, VolumeText
+    from xbfs.vfs.guests.point import Seen
+    from xbfs.vfs.guests.views import GuestViews
+
+_MORE: Final = 1 << 62
+"""Offsets of what no directory of a volume holds. Readers count entries or bytes: they do not get there."""
+
+
+class Listed(NamedTuple):
+    """A name in a directory, and the offset behind it."""
+
+    name: bytes
+    place: VolumeText | Node
+    attributes: GuestAttributes
+    next_offset: int
+
+
+class Listing(Protocol):
+    """An open directory."""
+
+    async def after(self, offset: int) -> Iterator[Listed]:
+        """Some entries behind an offset, none at the end. Raises what the guest raises."""
+        ...
+
+
+class FilesListing:
+    """`files/`."""
+
+    def __init__(self, views: GuestViews, top: Top) -> None:
+        self._views = views
+        self._top = top
+
+    async def after(self, offset: int) -> Iterator[Listed]:
+        """Volumes, then their texts. Opens none of them: their attributes are asked for one by one."""
+        guest = self._top.guest
+        names = await self._views.ask(self._top, guest.names)
+        rows = [(name, row, False) for name, row in names.directories.items()]
+        rows += [(name, row, True) for name, row in names.texts.items()]
+
+        def listed() -> Iterator[Listed]:
+            for number, (name, row, is_text) in enumerate(rows[offset:], offset + 1):
+                place = self._views.in_files(guest, row.name, name, self._top, is_text=is_text)
+                yield Listed(name, place, self._views.guess(place), number)
+
+        return listed()
+
+
+class GuestListing:
+    """A directory of a volume, or `root/`."""
+
+    def __init__(self, views: GuestViews, directory: Directory) -> None:
+        self._views = views
+        self._directory = directory
+        self._above = views.above(directory)
+        self._page: list[Seen] = []
+        self._is_last = False
+        self._numbers: dict[int, int] = {}
+
+    async def after(self, offset: int) -> Iterator[Listed]:
+        """Entries of one page."""
+        number = self._numbers.get(offset)
+        if number is None or (number == len(self._page) and not self._is_last):
+            number = 0
+            self._page, self._is_last = await self._views.ask(self._directory, partial(self._fetch, offset))
+            self._numbers = {seen.cookie: count for count, seen in enumerate(self._page, 1)} | {offset: 0}
+        return self._listed(number)
+
+    def _listed(self, number: int) -> Iterator[Listed]:
+        for seen in self._page[number:]:
+            if seen.kind is Kind.DIRECTORY and (seen.volume, seen.node) in self._above:
+                seen = seen._replace(stat=None)  # it lies in itself: whoever looks closer is told
+            place, attributes = self._views.seen(self._directory, seen)
+            yield Listed(seen.name, place, attributes, seen.cookie)
+
+    def _fetch(self, offset: int) -> tuple[list[Seen], bool]:
+        directory = self._directory
+        guest = directory.guest
+        view = directory.view if isinstance(directory, Top) else directory.volume.view
+        here = guest.here(directory) if offset < _MORE else None
+        page: list[Seen] = []
+        is_last = True
+        if here is not None:
+            page, is_last = guest.page(view, here, offset)
+        if is_last and isinstance(directory, Top) and view is View.ROOT:
+            first = max(offset - _MORE, 0)
+            page += [seen._replace(cookie=_MORE + n) for n, seen in enumerate(guest.more()[first:], first + 1)]
+        return page, is_last
