@@ -22,9 +22,14 @@ from xbfs_engine.guestfs.worker.confine import die_with
 from xbfs_engine.guestfs.worker.forms import END, ORDER_BYTES_MAX, READY
 from xbfs_engine.guestfs.worker.server import serve
 
-LATE_MODULES: Final = (
+_LATE_MODULES: Final = (
+    "gzip",
+    "fs_explorer.codecs.heavy.lzx",
+    "fs_explorer.codecs.heavy.xpress",
+    "fs_explorer.codecs.lznt1",
+    "fs_explorer.codecs.lzo",
     "fs_explorer.codecs.native",
-    "fs_explorer.crypto.backend",
+    "fs_explorer.codecs.zstd",
 )
 """What readers import only when they need it, and can not once they are confined."""
 
@@ -63,7 +68,7 @@ def main(descriptor: int, caller: int) -> None:
 
 def preload() -> None:
     """Import everything a worker may need."""
-    for name in LATE_MODULES:
+    for name in _LATE_MODULES:
         importlib.import_module(name)
     for name in _ENCODINGS:
         codecs.lookup(name)
