@@ -160,6 +160,8 @@ def _starts(source: BlockSource, boot: bytes, at: int) -> tuple[int, int, tuple[
         return sector_bytes, 2, struct.unpack_from("<3Q", boot, at + 16)
     if boot[:3] != _BOOT_VISTA:
         raise GuestUnsupported(f"BitLocker with a boot sector that begins with {boot[:3].hex()} is not known here")
+    if sector_bytes != _SECTOR_BYTES[0]:
+        raise GuestUnsupported(f"BitLocker of Windows Vista with sectors of {sector_bytes} bytes is not known")
     first = struct.unpack_from("<Q", boot, 56)[0] * boot[13] * sector_bytes
     if first + _BLOCK.size > source.size_bytes:
         raise GuestDamaged(f"BitLocker's metadata should lie at {first}, behind the end of the volume")

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from xbfs_engine.formats.source import BlockSource
 
 _MAGIC: Final = b"LUKS\xba\xbe"
+_UNFINISHED_MAGIC: Final = b"LUKS\xde\xad"
+"""What cryptsetup-reencrypt leaves in place of _MAGIC until it is done."""
+
 _BACKUP_MAGIC: Final = b"SKUL\xba\xbe"
 _LUKS1: Final = struct.Struct(">6sH32s32s32sII20s32sI40s")
 _SLOT1: Final = struct.Struct(">II32sII")
@@ -34,6 +37,7 @@ _BACKUPS_AT: Final = tuple(16 * KIB << n for n in range(9))
 """Where the backup of a LUKS2 header may lie (specification, 2.2)."""
 
 _HEADER_BYTES_MAX: Final = 4 * MIB
+_DETACHED: Final = "it is only the header of a LUKS volume that lies elsewhere"
 _SECTOR_BYTES: Final = frozenset({512, 1024, 2048, 4096})
 
 assert _LUKS1.size == 208
@@ -105,6 +109,8 @@ def find_luks(source: BlockSource) -> LuksHeader | None:
     if len(head) < _LUKS2_BYTES:
         return None
     version = int.from_bytes(head[6:8], "big")
+    if head[:6] == _UNFINISHED_MAGIC and version == 1:
+        return _unusable(1, _text(_LUKS1.unpack_from(head)[10]), "", "its encryption anew was left unfinished")
     if head[:6] == _MAGIC and version == 1:
         return _luks1(head, source.read_at(0, 1024))
     return _luks2(source, head, version)
@@ -120,6 +126,8 @@ def _text(raw: bytes) -> str:
 
 def _luks1(head: bytes, slots: bytes) -> LuksHeader:
     _, _, cipher, mode, digest_hash, payload, key_bytes, digest, salt, iterations, uuid = _LUKS1.unpack_from(head)
+    if not payload:
+        return _unusable(1, _text(uuid), "", _DETACHED)
     name = f"{_text(cipher)}-{_text(mode)}"
     hash_name = _text(digest_hash)
     found = []
@@ -242,6 +250,8 @@ def _parse_json(area: bytes) -> LuksHeader:
     name, segment = segments[0]
     if segment.text("type") != "crypt" or segment.has("integrity"):
         raise GuestUnsupported("the LUKS2 volume's segment is not just encrypted")
+    if not segment.number("offset"):
+        raise GuestUnsupported(_DETACHED)
     sector_bytes = segment.number("sector_size")
     if sector_bytes not in _SECTOR_BYTES:
         raise GuestDamaged(f"LUKS2 header: sectors of {sector_bytes} bytes can not be")
