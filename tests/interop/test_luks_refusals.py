@@ -85,6 +85,19 @@ def test_what_a_header_asks_for_beyond_decryption_is_refused(
     assert reason in found.reason
 
 
+def test_who_else_keeps_keys_is_told(tmp_path: Path):
+    """A volume that only a TPM opens has key slots as any other."""
+    made(tmp_path, "luks2-xts")
+    device = tmp_path / "device"
+    for keeper in ("vault", "clevis"):
+        (tmp_path / "token").write_text(json.dumps({"type": keeper, "keyslots": ["0"]}))
+        run("cryptsetup", "token", "import", "--json-file", tmp_path / "token", device)
+    data = device.read_bytes()
+    words = "it is encrypted and no key was given; 'clevis' and 'vault' may hold the keys of it, and can not be"
+    assert (row(data).status, row(data).reason) == (VolumeStatus.LOCKED, f"{words} asked here")
+    assert row(data, KEY).within == ("crypto_LUKS",)
+
+
 def test_a_header_without_its_volume_is_told(tmp_path: Path):
     """As `cryptsetup luksFormat --header` leaves it on a stick."""
     data, header = tmp_path / "data", tmp_path / "header"

@@ -267,3 +267,19 @@ def test_ntfs_in_an_encrypted_partition_is_read():
                 assert guest.read("0", entry.node, 0, length) == bare.read(entry.node, 0, length)
                 compared += 1
     assert compared == 40
+
+
+def test_a_diffused_volume_read_in_small_steps_costs_no_more_than_its_pieces():
+    """Undoing the diffuser of one sector takes as long as of a hundred."""
+    recipe = VARIANTS["elephant-256"]
+    source = BytesSource(of(recipe))
+    header = find_bitlocker(source)
+    assert header is not None
+    plain = unlock(source, header, startup_file(0))
+    assert plain is not None
+    source.read_bytes = 0
+    expected = shown(recipe, pattern())
+    for at in range(0, plain.size_bytes - 700, 700):
+        assert plain.read_at(at, 700) == expected[at : at + 700]
+    assert source.read_bytes <= plain.size_bytes
+    assert plain.read_at(0, plain.size_bytes) == expected

@@ -50,8 +50,14 @@ def attempt(source: BlockSource, header: LuksHeader | BitLockerHeader, secrets: 
                 words = "BitLocker is suspended: it opens without a key" if secret is None else ""
                 return Attempt(plain, VolumeStatus.OTHER, words)
     words = "no key that was given opens it" if secrets else "it is encrypted and no key was given"
-    ways = bitlocker.ways_in(header.protectors) if isinstance(header, BitLockerHeader) else hindrance
-    return Attempt(None, VolumeStatus.LOCKED, "; ".join(filter(None, (words, ways))))
+    return Attempt(None, VolumeStatus.LOCKED, "; ".join(filter(None, (words, hindrance, _ways_in(header)))))
+
+
+def _ways_in(header: LuksHeader | BitLockerHeader) -> str:
+    if isinstance(header, BitLockerHeader):
+        return bitlocker.ways_in(header.protectors)
+    keepers = " and ".join(repr(keeper) for keeper in header.keepers)
+    return f"{keepers} may hold the keys of it, and can not be asked here" if keepers else ""
 
 
 def _opened(source: BlockSource, header: LuksHeader | BitLockerHeader, secret: bytes | None) -> BlockSource | None:

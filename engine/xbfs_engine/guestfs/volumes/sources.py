@@ -1,13 +1,14 @@
 """Sources made of other sources: parts, chains, stripes, copies, and what is not there.
 
-Owns how bytes of a made-up device lie on those below it. All are stateless, so as concurrent as what they stand on;
-a read outside 0..``size_bytes`` and one of bytes that are missing raise GuestDamaged, never zeros.
+Owns how bytes of a made-up device lie on those below it. All but Kept are stateless, so as concurrent as what they
+stand on; a read outside 0..``size_bytes`` and one of bytes that are missing raise GuestDamaged, never zeros.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
+from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
 from xbfs_engine.core.errors import GuestDamaged, XbfsError
@@ -143,6 +144,37 @@ def read_first(places: Sequence[tuple[BlockSource, int]], length: int) -> bytes:
         except XbfsError as error:
             first = first or error
     raise first or GuestDamaged("no copy of the data is there")
+
+
+class Kept(Derived):
+    """A source of which the last pieces that were read are kept, because each costs as much as many times its size.
+
+    For one thread at a time. Reads of ``piece_bytes`` and more go through.
+    """
+
+    def __init__(self, source: BlockSource, piece_bytes: int, pieces_max: int) -> None:
+        super().__init__(source.size_bytes)
+        self._source = source
+        self._piece_bytes = piece_bytes
+        self._pieces_max = pieces_max
+        self._pieces: OrderedDict[int, bytes] = OrderedDict()
+
+    def _read(self, offset: int, length: int) -> bytes:
+        if length >= self._piece_bytes:
+            return self._source.read_at(offset, length)
+        first, skip = divmod(offset, self._piece_bytes)
+        last = (offset + length - 1) // self._piece_bytes
+        return b"".join(self._piece(number) for number in range(first, last + 1))[skip : skip + length]
+
+    def _piece(self, number: int) -> bytes:
+        piece = self._pieces.pop(number, None)
+        if piece is None:
+            start = number * self._piece_bytes
+            piece = self._source.read_at(start, min(self._piece_bytes, self._size_bytes - start))
+            if len(self._pieces) >= self._pieces_max:
+                self._pieces.popitem(last=False)
+        self._pieces[number] = piece
+        return piece
 
 
 class BadRange(NamedTuple):

@@ -38,6 +38,8 @@ _BACKUPS_AT: Final = tuple(16 * KIB << n for n in range(9))
 
 _HEADER_BYTES_MAX: Final = 4 * MIB
 _DETACHED: Final = "it is only the header of a LUKS volume that lies elsewhere"
+_TOKEN_TYPE_MAX: Final = 64
+_KEEPERS_MAX: Final = 8
 _SECTOR_BYTES: Final = frozenset({512, 1024, 2048, 4096})
 
 assert _LUKS1.size == 208
@@ -95,6 +97,8 @@ class LuksHeader(NamedTuple):
     """Number of the first data sector for the initial vector, in units of 512 bytes."""
     keyslots: tuple[Keyslot, ...]
     digest: Digest
+    keepers: tuple[str, ...] = ()
+    """Types of tokens: what other than people keeps keys of it, such as ``systemd-tpm2`` or ``clevis``."""
     notes: tuple[str, ...] = ()
     problem: str = ""
     """Why it can not be opened whatever the secret; then what is above but version, uuid and label means nothing."""
@@ -117,7 +121,7 @@ def find_luks(source: BlockSource) -> LuksHeader | None:
 
 
 def _unusable(version: int, uuid: str, label: str, problem: str) -> LuksHeader:
-    return LuksHeader(version, uuid, label, "", SECTOR, 0, None, 0, (), _NOTHING, (), problem)
+    return LuksHeader(version, uuid, label, "", SECTOR, 0, None, 0, (), _NOTHING, problem=problem)
 
 
 def _text(raw: bytes) -> str:
@@ -273,7 +277,13 @@ def _parse_json(area: bytes) -> LuksHeader:
         segment.number("iv_tweak"),
         tuple(_keyslot2(slot) for slot in slots),
         Digest(_kdf2(digest), digest.data("digest")),
+        _keepers(root),
     )
+
+
+def _keepers(root: _Node) -> tuple[str, ...]:
+    tokens = root.node("tokens").nodes() if root.has("tokens") else []
+    return tuple(sorted({token.text("type")[:_TOKEN_TYPE_MAX] for _, token in tokens}))[:_KEEPERS_MAX]
 
 
 def _keyslot2(slot: _Node) -> Keyslot:
