@@ -5,7 +5,7 @@ Guests are read in sandboxed processes only. One thread.
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Final
 
 from xbfs import __version__
@@ -165,10 +165,12 @@ class Indexing:
 
     @contextmanager
     def _guests(self) -> Iterator[OpenGuest]:
-        """A way to open guests."""
-        from xbfs_engine.guestfs.reading import GuestReading
+        """A way to open guests, each in a sandboxed process of its own."""
+        from xbfs_engine.guestfs.worker.client import GuestWorkers
 
-        def opened(disks: Sequence[Disk]) -> AbstractContextManager[Guest]:
-            return nullcontext(GuestReading(disks, self._keys))
+        with GuestWorkers(self._repository.runtime.clock, workers_max=1) as workers:
 
-        yield opened
+            def opened(disks: Sequence[Disk]) -> AbstractContextManager[Guest]:
+                return closing(workers.open("index", disks, self._keys))
+
+            yield opened
