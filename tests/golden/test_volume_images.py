@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support import guest_golden
 from tests.support.volume_images import by_name, content, golden_disks, pattern, scan
 from xbfs_engine.core.errors import XbfsError
 from xbfs_engine.guestfs.volumes import VolumeStatus
@@ -198,3 +199,16 @@ def test_two_disks_that_claim_to_be_one_are_both_not_used():
     rows = by_name(found)
     assert rows["vg0-striped"].source is None
     assert content(rows["vg0-raid0"]) == pattern(17, 1 << 20)
+
+
+def test_a_disk_that_is_there_twice_is_never_half_of_each():
+    """As when two restore points' disks were mixed up: an array or a filesystem is put together of one set only."""
+    for disks, name in ((MD | {20: MD[1]}, "md1"), (MIRRORS | {20: MIRRORS[5]}, "md-three")):
+        array = by_name(scan(disks))[name]
+        assert array.source is None
+        assert "two members claim place 1" in array.reason
+    twice = guest_golden.image("btrfs")
+    data = twice.read_at(0, twice.size_bytes)
+    volumes = by_name(scan({0: data, 1: data}))
+    assert volumes["0"].uuid == volumes["1"].uuid
+    assert all(volume.status is VolumeStatus.FILESYSTEM for volume in volumes.values())
