@@ -244,8 +244,8 @@ def volume(recipe: Recipe, plain: bytes, *, used_only: bool = False) -> bytes:
 
     def written(start: int, end: int, place: int) -> bytes:
         pieces = []
-        for at in range(start, end, 64 * KIB):
-            piece = plain[at : min(at + 64 * KIB, end)]
+        for at in range(start, end, 4 * KIB):
+            piece = plain[at : min(at + 4 * KIB, end)]
             border = max(0, min(len(piece), limit - (at - start + place)))
             if used_only and not any(piece):
                 pieces.append(piece)
