@@ -24,17 +24,16 @@ from xbfs.fuse.plane import DataPlane
 from xbfs.vfs.filesystem import FileSystem, ViewOptions
 from xbfs_engine.core.errors import MountFailed, StorageTimeout
 from xbfs_engine.core.log import Logger
-from xbfs_engine.guestfs.reading import GuestReading
+from xbfs_engine.guestfs.worker.client import GuestWorkers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from xbfs.fuse.operations import Operations
     from xbfs.vfs.filesystem import Changes
     from xbfs.vfs.guests.source import Guests
     from xbfs_engine.catalog.catalog import Catalog
     from xbfs_engine.core.runtime import Clock
-    from xbfs_engine.guestfs.volumes.records import Disk, VolumeKey
     from xbfs_engine.store.reader import Locator
     from xbfs_engine.store.repository import Repository
 
@@ -65,34 +64,6 @@ class MountOptions:
     data_plane: DataPlaneKind = DataPlaneKind.DEVICE
 
 
-class _ReadHere(GuestReading):
-    """A guest read in this process."""
-
-    def give_keys(self, keys: Sequence[VolumeKey]) -> None:
-        """Replace the keys."""
-        self.__init__(self._disks, keys)  # type: ignore[misc]
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-
-class _ReadingHere:
-    """Reads guests in this process, until there are others for it."""
-
-    live = 0
-
-    def open(self, name: str, disks: Sequence[Disk], keys: Sequence[VolumeKey] = ()) -> _ReadHere:
-        """The guest on disks."""
-        return _ReadHere(disks, keys)
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-
-def _reading_here(clock: Clock) -> Guests:
-    return _ReadingHere()
-
-
 @dataclass(frozen=True, slots=True)
 class MountServer:
     """A mount of ``repository`` on ``directory``, to be served once.
@@ -105,7 +76,7 @@ class MountServer:
     directory: Path
     options: MountOptions = field(default_factory=MountOptions)
     locator: Locator | None = None
-    guests: Callable[[Clock], Guests] = _reading_here
+    guests: Callable[[Clock], Guests] = GuestWorkers
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:
         """Mount and serve until somebody unmounts or SIGTERM or SIGINT comes; ``ready`` is called once it is usable.

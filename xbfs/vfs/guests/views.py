@@ -44,8 +44,8 @@ T = TypeVar("T")
 GUEST_S: Final = 90.0
 """What a request to a guest may take beyond what the storage may: a search for volumes that hangs, and its repetition
 in a new process, with room for a key to be tried."""
-DEPTH_MAX: Final = 1024
-"""Directories above one another; Linux takes no longer paths in one piece (PATH_MAX)."""
+DEPTH_MAX: Final = 2048
+"""Directories above one another: what fits into the longest path (Linux, PATH_MAX 4096) with names of one byte."""
 NOTES: Final = b"user.xbfs.notes"
 STATE: Final = b"user.xbfs.state"
 BORN: Final = b"user.xbfs.btime"
