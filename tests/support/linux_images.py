@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,19 +104,7 @@ def _special(folder: Path, times_s: tuple[int, ...]) -> None:
     for length in (1, 3, 59, 60, 61, 300, 1000, 1020):
         (folder / f"symlink{length}").symlink_to("t" * length)
     (folder / "symlink-bytes").symlink_to(os.fsdecode(b"bad\xff\nname"))
-    for name, kind, device in (
-        ("block", 0o060600, os.makedev(8, 1)),
-        ("char", 0o020666, os.makedev(511, 0x3_FFFF)),
-        ("whiteout", 0o020000, 0),
-        ("fifo", 0o010644, 0),
-    ):
-        os.mknod(folder / name, kind, device)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(folder / "socket"))
-    owned = folder / "owned"
-    owned.write_bytes(b"")
-    os.chown(owned, 4_000_000_000, 3_999_999_999)
-    owned.chmod(0o7751)
+    xfs_images.special_nodes(folder)
     for second in times_s:
         path = folder / f"time{second}"
         path.write_bytes(b"")

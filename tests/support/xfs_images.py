@@ -157,12 +157,8 @@ def _fragmented(folder: Path, deep: int) -> None:
             os.setxattr(folder / f"attributes-{side}", f"user.{number}", pattern(min(block, 4096)))
 
 
-def _special(folder: Path, *, bigtime: bool) -> None:
-    folder.mkdir()
-    for length in (1, 3, 60, 300, 336, 500, 968, 969, 1000, 1023):
-        (folder / f"symlink{length}").symlink_to("t" * length)
-    (folder / "absolute").symlink_to("/etc/passwd")
-    (folder / "symlink-bytes").symlink_to(os.fsdecode(b"bad\xff\nname"))
+def special_nodes(folder: Path) -> None:
+    """Devices, a fifo, a socket, and a file of large owners."""
     for name, kind, device in (
         ("block", 0o060600, os.makedev(8, 1)),
         ("char", 0o020666, os.makedev(511, 0x3_FFFF)),
@@ -176,6 +172,15 @@ def _special(folder: Path, *, bigtime: bool) -> None:
     owned.write_bytes(b"")
     os.chown(owned, 4_000_000_000, 3_999_999_999)
     owned.chmod(0o7751)
+
+
+def _special(folder: Path, *, bigtime: bool) -> None:
+    folder.mkdir()
+    for length in (1, 3, 60, 300, 336, 500, 968, 969, 1000, 1023):
+        (folder / f"symlink{length}").symlink_to("t" * length)
+    (folder / "absolute").symlink_to("/etc/passwd")
+    (folder / "symlink-bytes").symlink_to(os.fsdecode(b"bad\xff\nname"))
+    special_nodes(folder)
     for second in TIMES_S + BIG_TIMES_S * bigtime:
         path = folder / f"time{second}"
         path.write_bytes(b"")

@@ -34,7 +34,7 @@ from xbfs_engine.core.errors import GuestDamaged, GuestWrongKind
 from xbfs_engine.guestfs.base import Kind, NodeId, NodeStat, VolumeInfo, VolumeState, Xattr
 from xbfs_engine.guestfs.explorer.btrfs_checked import checked
 from xbfs_engine.guestfs.explorer.library import VolumeBytes, guarded, make_context
-from xbfs_engine.guestfs.explorer.volume import KINDS, ExplorerVolume, Found, Opened
+from xbfs_engine.guestfs.explorer.volume import ENTRY_KINDS, KINDS, ExplorerVolume, Found, Opened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,17 +47,6 @@ if TYPE_CHECKING:
 _ROOT_REF: Final = 156
 _ROOT_REF_HEAD: Final = struct.Struct("<QQH")
 """Directory, sequence, length of the name that follows (btrfs_root_ref)."""
-
-_FILE_TYPES: Final = {
-    1: Kind.FILE,
-    2: Kind.DIRECTORY,
-    3: Kind.CHARACTER_DEVICE,
-    4: Kind.BLOCK_DEVICE,
-    5: Kind.FIFO,
-    6: Kind.SOCKET,
-    7: Kind.SYMLINK,
-}
-"""Of directory entries (BTRFS_FT_*)."""
 
 
 def open_btrfs(source: BlockSource) -> BtrfsVolume:
@@ -129,7 +118,7 @@ class BtrfsVolume(ExplorerVolume):
     def _found(self, node: NodeId, name: bytes, location: tuple[int, int, int], file_type: int) -> Found:
         subvolume, number = _numbers(node)
         if location[1] == INODE_ITEM:
-            return Found(name, _id(subvolume, location[0]), _FILE_TYPES.get(file_type, Kind.UNKNOWN))
+            return Found(name, _id(subvolume, location[0]), ENTRY_KINDS.get(file_type, Kind.UNKNOWN))
         if location[1] != ROOT_ITEM:
             raise CorruptDataError(f"a directory entry of inode {number} of subvolume {subvolume} leads nowhere")
         # In a snapshot the entries of subvolumes were copied, but those are not in it (fixup_tree_root_location).

@@ -15,7 +15,7 @@ from xbfs_engine.core.errors import GuestDamaged, GuestWrongKind
 from xbfs_engine.guestfs import acl
 from xbfs_engine.guestfs.base import XATTR_BYTES_MAX, Kind, NodeId, NodeStat, VolumeInfo, Xattr
 from xbfs_engine.guestfs.explorer.library import VolumeBytes, encrypted, guarded, make_context
-from xbfs_engine.guestfs.explorer.volume import KINDS, ExplorerVolume, Found, Opened
+from xbfs_engine.guestfs.explorer.volume import ENTRY_KINDS, KINDS, ExplorerVolume, Found, Opened
 from xbfs_engine.guestfs.ext.replay import replay
 
 if TYPE_CHECKING:
@@ -34,17 +34,6 @@ _RO_COMPAT_AT: Final = 0x64
 _RO_COMPAT_BIGALLOC: Final = 0x200
 _LOG_CLUSTER_MAX: Final = 20
 """Clusters have up to 2^29 bytes (EXT2_MAX_CLUSTER_LOG_SIZE), blocks at least 2^10; more is refused by groups' size."""
-
-_FILE_TYPES: Final = {
-    1: Kind.FILE,
-    2: Kind.DIRECTORY,
-    3: Kind.CHARACTER_DEVICE,
-    4: Kind.BLOCK_DEVICE,
-    5: Kind.FIFO,
-    6: Kind.SOCKET,
-    7: Kind.SYMLINK,
-}
-"""Of directory entries (directory.rst)."""
 
 _ACL_VERSION: Final = 1
 
@@ -120,7 +109,7 @@ class ExtVolume(ExplorerVolume):
             # Directories have no holes; one of 2^40 bytes that are all one block would be listed for hours.
             raise CorruptDataError(f"ext: directory {inode.ino} claims {inode.size} bytes")
         for name, number, file_type in self._tree._dirents(inode):
-            yield Found(name, _id(number), _FILE_TYPES.get(file_type, Kind.UNKNOWN))
+            yield Found(name, _id(number), ENTRY_KINDS.get(file_type, Kind.UNKNOWN))
 
     def _find(self, node: NodeId, name: bytes) -> Found | None:
         directory = Node("", EntryType.DIR, ref=_number(node))

@@ -44,6 +44,17 @@ KINDS: Final = {
     EntryType.SOCKET: Kind.SOCKET,
 }
 
+ENTRY_KINDS: Final = {
+    1: Kind.FILE,
+    2: Kind.DIRECTORY,
+    3: Kind.CHARACTER_DEVICE,
+    4: Kind.BLOCK_DEVICE,
+    5: Kind.FIFO,
+    6: Kind.SOCKET,
+    7: Kind.SYMLINK,
+}
+"""What ext and btrfs write into directory entries (directory.rst, BTRFS_FT_*)."""
+
 _LISTINGS_MAX: Final = 16
 _OPENED_MAX: Final = 16
 _INDEXED_NAMES_MAX: Final = 128 << 10
