@@ -66,6 +66,7 @@ class FakeGuest:
         self._nodes: dict[str, list[Entry]] = {volume.row.name: [volume.tree] for volume in volumes}
         self._ids: dict[tuple[str, int], NodeId] = {}
         self.calls = 0
+        self.bytes_read = 0
 
     def volumes(self) -> VolumeRows:
         return VolumeRows(self._rows, ())
@@ -106,6 +107,7 @@ class FakeGuest:
         entry = self._entry(volume, node)
         if not isinstance(entry, bytes):
             raise GuestWrongKind("it is no file")
+        self.bytes_read += length
         return entry[offset : offset + length]
 
     def extents(self, volume: str, node: NodeId, offset: int = 0) -> ExtentPage:

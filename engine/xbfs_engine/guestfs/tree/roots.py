@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from xbfs_engine.core.errors import XbfsError
 from xbfs_engine.guestfs.tree.devices import Devices
 from xbfs_engine.guestfs.tree.fstab import TABLE_BYTES_MAX, Entry, parse_crypttab, parse_fstab
-from xbfs_engine.guestfs.tree.spots import Space, Step, passable
+from xbfs_engine.guestfs.tree.spots import Space, Step, passable, words
 from xbfs_engine.guestfs.tree.subvolumes import candidates, mounted
 from xbfs_engine.guestfs.volumes import VolumeStatus
 
@@ -55,7 +55,7 @@ def find_roots(guest: Guest, rows: Sequence[VolumeRow]) -> list[Root]:
     for row in able[:VOLUMES_MAX]:
         try:
             for path, step in candidates(guest, row):
-                root = _look(guest, rows, row, step, f"{row.name} ({path})" if path else row.name)
+                root = _look(guest, rows, row, step, f"{row.name} ({words(path)})" if path else row.name)
                 if root is not None:
                     found.append(root)
         except XbfsError as error:

@@ -68,7 +68,7 @@ def find_systems(guest: Guest, rows: Sequence[VolumeRow]) -> list[System]:
                     break
                 place, kind = below
             else:
-                if kind is Kind.FILE:
+                if kind in (Kind.FILE, Kind.UNKNOWN):
                     found.append(system)
                     _read_letters(guest, place, rows, system)
         except XbfsError as error:
