@@ -14,7 +14,7 @@ from threading import Lock, Thread
 from typing import TYPE_CHECKING, Final
 
 from xbfs_engine.core.errors import GuestDamaged, XbfsError
-from xbfs_engine.guestfs.worker.frames import BadMessage, Closed, receive_exactly
+from xbfs_engine.guestfs.worker.frames import BadMessage, Closed, receive_exactly, receive_into
 from xbfs_engine.guestfs.worker.limits import BLOCK_BYTES_MAX, CACHE_BYTES, CACHED_BLOCK_BYTES
 
 if TYPE_CHECKING:
@@ -72,13 +72,16 @@ class BlockCache:
 
     def ask(self, disk: int, offset: int, length: int) -> bytearray:
         """Bytes from the other side, not from the cache."""
+        # Made before it is needed: without memory half-way the rest of this answer would be taken for the next one.
+        body = bytearray(max(length, _MESSAGE_BYTES_MAX))
         self._connection.sendall(_QUESTION.pack(disk, offset, length))
         status, size, number = _ANSWER.unpack(receive_exactly(self._connection, _ANSWER.size))
-        body = receive_exactly(self._connection, size)
+        receive_into(self._connection, memoryview(body)[:size])
         if status == _DATA:
+            del body[length:]
             return body
         failed = StorageFailedForNow if status == _FAILED_FOR_NOW else StorageFailed
-        raise failed(body.decode(errors="replace"), number)
+        raise failed(body[:size].decode(errors="replace"), number)
 
 
 class RemoteSource:

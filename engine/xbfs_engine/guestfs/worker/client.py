@@ -155,7 +155,7 @@ class SandboxedGuest:
         """What a filesystem says about itself."""
         with self._turn():
             if volume not in self._infos:
-                self._infos[volume] = self._ask(Request("info", replies.info, self._limits.open_s, volume))
+                self._infos[volume] = self._ask(self._opening(volume))
             return self._infos[volume]
 
     def root(self, volume: str) -> NodeId:
@@ -227,12 +227,12 @@ class SandboxedGuest:
 
     def _find_volumes(self) -> VolumeRows:
         if self._volumes is None:
-            limit_s = self._limits.unlock_s if self._keys else self._limits.open_s
-            self._volumes = self._ask(Request("volumes", replies.volumes, limit_s))
+            self._volumes = self._ask(self._search())
         return self._volumes
 
     def _ask(self, request: Request[_T]) -> _T:
         """The answer of a worker, of a new one if the first one is lost."""
+        self._refuse(request)
         lost = None
         for _ in range(2):
             if self._is_closed:
@@ -264,22 +264,29 @@ class SandboxedGuest:
     def _ask_worker(self, process: WorkerProcess, request: Request[_T]) -> _T:
         """The answer; a new worker first searches for the volumes and opens this one, with a deadline of its own."""
         if request.kind != "volumes" and _SEARCH not in process.opened:
-            limit_s = self._limits.unlock_s if self._keys else self._limits.open_s
-            self._step(process, Request("volumes", replies.volumes, limit_s))
+            process.ask(self._search())
             process.opened.add(_SEARCH)
         if request.volume not in process.opened and request.kind not in ("volumes", "tree", "info"):
-            self._step(process, Request("info", replies.info, self._limits.open_s, request.volume))
-        answer = self._step(process, request)
+            process.ask(self._opening(request.volume))
+        answer = process.ask(request)
         process.opened.add(request.volume)
         return answer
 
-    def _step(self, process: WorkerProcess, request: Request[_T]) -> _T:
-        reason = self._refused.get(request.key)
-        if reason is not None:
-            raise GuestReaderFailed(f"the reader of {self._of(request.volume)} was ended twice by it: {reason}")
+    def _search(self) -> Request[VolumeRows]:
+        limit_s = self._limits.unlock_s if self._keys else self._limits.open_s
+        return Request("volumes", replies.volumes, limit_s)
+
+    def _opening(self, volume: str) -> Request[VolumeInfo]:
+        return Request("info", replies.info, self._limits.open_s, volume)
+
+    def _refuse(self, request: Request[_T]) -> None:
+        """Fail at once if the request, or what comes before it, is known to end workers."""
+        for key in (self._search().key, self._opening(request.volume).key, request.key):
+            reason = self._refused.get(key)
+            if reason is not None:
+                raise GuestReaderFailed(f"the reader of {self._of(key[0])} was ended twice by it: {reason}")
         if self._ends[request.volume] > self._limits.ends_max:
             raise GuestReaderFailed(f"the reader of {self._of(request.volume)} was ended too often")
-        return process.ask(request)
 
     def _of(self, volume: str) -> str:
         return f"volume {volume} of {self._name}" if volume else self._name

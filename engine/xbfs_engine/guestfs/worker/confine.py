@@ -55,17 +55,17 @@ def die_with(parent: int) -> None:
         os._exit(0)
 
 
-def confine(memory_bytes: int) -> Confinement:
-    """Give up everything but open sockets and ``memory_bytes`` more than there are."""
+def confine(memory_bytes: int, *, with_threads: bool) -> Confinement:
+    """Give up everything but open sockets and ``memory_bytes`` more than there are; threads may still be started."""
     parent = os.getppid()
     layers: tuple[tuple[str, Callable[[], str]], ...] = (
         ("namespaces", _leave_namespaces),
         ("user", _become_nobody),
         ("capabilities", _drop_capabilities),
         ("no new privileges", _refuse_privileges),
-        ("limits", lambda: _limit(memory_bytes)),
+        ("limits", lambda: _limit(memory_bytes, with_threads=with_threads)),
         ("Landlock", landlock.restrict),
-        ("seccomp", seccomp.restrict),
+        ("seccomp", lambda: seccomp.restrict(with_threads=with_threads)),
     )
     in_force, missing = [], []
     for name, layer in layers:
@@ -112,17 +112,19 @@ def _refuse_privileges() -> str:
     return ""
 
 
-def _limit(memory_bytes: int) -> str:
+def _limit(memory_bytes: int, *, with_threads: bool) -> str:
     with open("/proc/self/statm", "rb") as file:  # noqa: PTH123
         memory_bytes += int(file.read().split()[0]) * resource.getpagesize()
-    limits = (
+    limits = [
         (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_MEMLOCK, 0),
-        (resource.RLIMIT_NPROC, 0),
         (resource.RLIMIT_NOFILE, _DESCRIPTORS_MAX),
-    )
+    ]
+    if not with_threads:
+        # Threads count as processes of their user, who may be the caller with all of its own.
+        limits.append((resource.RLIMIT_NPROC, 0))
     for which, most in limits:
         resource.setrlimit(which, (most, most))
-    return "of memory, files and processes"
+    return "of memory, files" + ("" if with_threads else ", processes")

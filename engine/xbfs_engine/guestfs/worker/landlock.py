@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from typing import Final
 
@@ -27,7 +28,9 @@ def restrict() -> str:
     for first_abi, bits in (_PORT_RIGHTS, _SCOPES):
         if abi >= first_abi:
             attributes += struct.pack("=Q", bits)
-    # The descriptor stays open, which lets nobody do anything; calls to close it end with this process.
     ruleset = syscall(_CREATE_RULESET, attributes, len(attributes), 0)
-    syscall(_RESTRICT_SELF, ruleset, 0)
+    try:
+        syscall(_RESTRICT_SELF, ruleset, 0)
+    finally:
+        os.close(ruleset)
     return f"ABI {abi}"

@@ -180,9 +180,11 @@ class WorkerProcess:
         view = memoryview(data)
         while view:
             own_s, whole_s = self._busy.spent_s()
+            if own_s >= limit_s:
+                raise self._lost(f"it did not answer within {limit_s:g} s of its own time")
+            if whole_s >= self._limits.whole_s:
+                raise self._lost(f"it did not answer within {self._limits.whole_s:g} s")
             left_s = min(limit_s - own_s, self._limits.whole_s - whole_s)
-            if left_s <= 0:
-                raise self._lost(f"it did not answer within {min(own_s, whole_s):.3g} s")
             self._control.settimeout(left_s)
             try:
                 count = self._control.recv_into(view)

@@ -47,7 +47,8 @@ _ANSWERS: Final[dict[str, Callable[[GuestReading, str, NodeId, int, bytes], obje
 def serve(control: socket.socket, blocks: socket.socket) -> None:
     """Answer requests until the other side is gone."""
     disks, keys, memory_bytes = cast("tuple[list[tuple[str, int]], list[tuple[bytes, str]], int]", receive(control))
-    confinement = confine(memory_bytes)
+    # Argon2, by which LUKS2 makes keys of passphrases, is computed in as many threads as its header says.
+    confinement = confine(memory_bytes, with_threads=bool(keys))
     control.sendall(pack((confinement.in_force, confinement.missing)))
     cache = BlockCache(blocks)
     guest = GuestReading(
