@@ -184,11 +184,13 @@ def _first_valid(source: BlockSource, version: int, starts: tuple[int, ...]) -> 
 
 def _checked(source: BlockSource, version: int, start: int) -> _Checked | None:
     """The block of metadata at ``start``, if its checksum is right and it says that it lies there."""
+    if start + _BLOCK.size > source.size_bytes:
+        return None
     fields = _BLOCK.unpack(source.read_at(start, _BLOCK.size))
     if fields[0] != SIGNATURE or fields[2] != version or start not in fields[8:11]:
         return None
     size = fields[1] if version == 1 else fields[1] * 16
-    if size < _BLOCK.size + _METADATA.size or size > _AREA_BYTES:
+    if not _BLOCK.size + _METADATA.size <= size <= min(_AREA_BYTES, source.size_bytes - start):
         return None
     rest = min(_VALIDATION_BYTES_MAX, source.size_bytes - start - size)
     data = source.read_at(start, size + rest)
