@@ -119,6 +119,48 @@ def test_a_directory_that_claims_more_than_the_volume_is_refused_at_once() -> No
     assert source.bytes_read < READ_BYTES_MAX
 
 
+def test_an_extent_tree_whose_branches_are_all_the_same_is_refused_in_time() -> None:
+    """Five levels of blocks that name the next one as often as they can would be 84^5 leaves."""
+    source = guest_golden.image("ext4")
+    places = ExtPlaces(source)
+    volume = open_ext(source)
+    node = node_of(volume, "files/of1000003")
+    inode = places.inode(volume.stat(node).inode)
+    spare = volume.info.size_bytes // places.block - 6
+    room = places.block // 12 - 1
+    for level in range(5):
+        entries = struct.pack("<IIHH", 0, spare + level + 1, 0, 0)
+        header = struct.pack("<HHHHI", 0xF30A, room, room, 4 - level, 0)
+        source.write_at((spare + level) * places.block, (header + entries * room).ljust(places.block, b"\0"))
+    root = struct.pack("<HHHHI", 0xF30A, 4, 4, 5, 0) + struct.pack("<IIHH", 0, spare, 0, 0) * 4
+    source.write_at(inode + 0x28, root)
+    source.bytes_read = 0
+    with pytest.raises(GuestDamaged):
+        open_ext(source).read(node, 0, 100)
+    assert source.bytes_read < READ_BYTES_MAX
+
+
+def test_a_map_of_blocks_that_names_itself_is_refused_in_time() -> None:
+    source = guest_golden.image("ext3-dirty")
+    places = ExtPlaces(source)
+    volume = open_ext(source)
+    node = node_of(volume, "new/000")
+    # The journal has the newest copy of the inode; without it the place on the disk counts.
+    flags = struct.unpack("<I", source.read_at(1024 + 0x60, 4))[0]
+    source.write_at(1024 + 0x60, struct.pack("<I", flags & ~4))
+    inode = places.inode(volume.stat(node).inode)
+    spare = volume.info.size_bytes // places.block - 2
+    source.write_at(spare * places.block, struct.pack("<I", spare) * (places.block // 4))
+    source.write_at(inode, struct.pack("<H", 0o100644) + source.read_at(inode + 2, 2))
+    source.write_at(inode + 26, struct.pack("<H", 1))
+    places.set_size(volume.stat(node).inode, 1 << 34)
+    source.write_at(inode + 0x28, struct.pack("<15I", *[spare] * 15))
+    source.bytes_read = 0
+    with pytest.raises(GuestDamaged):
+        open_ext(source).read(node, 1 << 20, 100)
+    assert source.bytes_read < READ_BYTES_MAX
+
+
 def comes_back(volume: GuestFilesystem, path: str, *names: bytes) -> None:
     """The names lead to where the walk has been: with the same ids each time, so that whoever walks can tell."""
     node = node_of(volume, path)
