@@ -1,7 +1,7 @@
 """The volumes of a restore point: what lies on its disks, put together and opened, before any filesystem is read.
 
-``find_volumes`` is the way in. Partition tables are `formats.partitions`; here are LVM2, Linux software RAID, LUKS and
-the recognition of what a volume holds. All of it is pure, over BlockSources; images are hostile.
+``find_volumes`` is the way in. Partition tables are `formats.partitions`; here are LVM2, Linux software RAID, LUKS,
+BitLocker and the recognition of what a volume holds. All of it is pure, over BlockSources; images are hostile.
 """
 
 from __future__ import annotations
