@@ -1,8 +1,9 @@
 """Power cuts in the middle of anything: what a disk kept of what was not synced may be any part of it.
 
 The files are models: a file has what programs see, what is durable, and the operations between the two. A cut comes
-before any operation on any file; then, file by file, each sector of each operation since the last sync is kept or lost.
-Each sector of the opened overlay must hold what it held at the last flush that returned, or something younger.
+before any operation on any file; then, file by file, each sector of each operation since the last sync is kept or lost;
+those of the header may be torn as well. Each sector of the overlay that is opened again must hold what it held at the
+last flush that returned, or something younger.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ class ModelFile:
     """(offset, length, bytes) of a write or a punched hole; (size, -1, None) of a truncation."""
     forgets: bool = False
     """Whether a sync does nothing: a disk that lies."""
+    tears: bool = False
+    """Whether a sector that is written while the power goes may be neither old nor new."""
 
     def read_at(self, offset: int, length: int) -> bytes:
         return bytes(self.content[offset : offset + length])
@@ -118,7 +121,8 @@ class ModelFile:
                 continue
             for at, piece in pieces(offset, data):
                 if chance.random() < kept:
-                    apply(content, (at, len(piece), piece))
+                    torn = self.tears and chance.random() < 0.3
+                    apply(content, (at, len(piece), chance.randbytes(len(piece)) if torn else piece))
         self.content, self.durable, self.pending = content, bytes(content), []
 
 
@@ -162,7 +166,7 @@ class Guest:
             except BlobNotFound:
                 self.overlay = begin(self.files, BASE, identity=b"i")
                 for name, file in self.files._asdict().items():
-                    file.forgets = name == self.lying
+                    file.forgets, file.tears = name == self.lying, name == "header"
         self.check(self.overlay)
         for deed in deeds:
             getattr(self, deed)(self.overlay)

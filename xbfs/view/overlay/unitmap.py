@@ -43,7 +43,7 @@ _IN_BYTE: Final = (_STATES[:, :, None] == np.arange(4)).sum(axis=1)
 """How many units of each state a byte of the file tells of."""
 
 
-def runs_of(states: bytes, first: int) -> Iterator[tuple[int, int, int]]:
+def runs_of(states: bytes | bytearray, first: int) -> Iterator[tuple[int, int, int]]:
     """Runs (first, last, state) of equal units in ``states``, which begin at unit ``first``."""
     for match in _RUNS.finditer(states):
         yield first + match.start(), first + match.end(), states[match.start()]
@@ -62,6 +62,7 @@ class UnitMap:
         self._dirty: set[int] = set()
         self._underway: set[int] = set()
         self._reserved: set[int] = set()
+        # Units by state; of ABSENT it is a difference that nobody asks for.
         self._counts = [0, 0, 0]
 
     @property
@@ -132,8 +133,8 @@ class UnitMap:
             start, length = low % PAGE_UNITS, high - low
             with self._lock:
                 page = self._page(number)
-                for kind in (DATA, ZERO):
-                    self._counts[kind] -= page.count(kind, start, start + length)
+                for begin, end, old in runs_of(page[start : start + length], 0):
+                    self._counts[old] -= end - begin
                 self._counts[state] += length
                 page[start : start + length] = bytes([state]) * length
                 self._dirty.add(number)
@@ -218,6 +219,8 @@ class UnitMap:
 
     def _loaded(self, number: int) -> bytearray:
         content = self._file.read_at(number * PAGE_BYTES, PAGE_BYTES).ljust(PAGE_BYTES, b"\0")
+        if not content.strip(b"\0"):
+            return bytearray(PAGE_UNITS)
         page = bytearray(_STATES[np.frombuffer(content, np.uint8)].tobytes())
         if 3 in page:
             raise _damaged(f"page {number}")
