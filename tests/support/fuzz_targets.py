@@ -17,6 +17,7 @@ from tests.support import guest_golden, guest_walk, volume_seal, xfs_golden, xfs
 from tests.support.volume_images import BytesSource, golden_disks, scan
 from xbfs_engine.core.errors import XbfsError
 from xbfs_engine.formats.partitions import read_partitions
+from xbfs_engine.guestfs.base import NodeId
 from xbfs_engine.guestfs.crc32c import crc32c
 from xbfs_engine.guestfs.explorer.ext import open_ext
 from xbfs_engine.guestfs.ext.layout import journal_runs, read_superblock
@@ -29,7 +30,7 @@ from xbfs_engine.guestfs.xfs.log import Log
 from xbfs_engine.guestfs.xfs.reader import open_xfs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from tests.support.guest_sources import SparseSource
 
@@ -51,8 +52,8 @@ def changes(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         at += 6 + count % 8
 
 
-def walk(open_: Callable, source: SparseSource, nodes: int = NODES) -> None:
-    guest_walk.walk(open_, source, nodes=nodes, entries=ENTRIES, read_bytes_max=READ_BYTES_MAX)
+def walk(open_: Callable, source: SparseSource, nodes: int = NODES, first: Sequence[NodeId] = ()) -> None:
+    guest_walk.walk(open_, source, nodes=nodes, first=first, entries=ENTRIES, read_bytes_max=READ_BYTES_MAX)
 
 
 @cache
@@ -64,12 +65,20 @@ def xfs(data: bytes) -> None:
     """Version 5, checksums made right."""
     source = xfs_golden.image("v5")
     places = _xfs_places()
+    touched = []
     for place, at, value in changes(data):
         offset, length, crc_at = places[place % len(places)]
         block = source.read_at(offset, length)
+        touched.append(_owner(block))
         block = (block[: at % length] + value + block[at % length + len(value) :])[:length]
         source.write_at(offset, xfs_seal.sealed(block, crc_at))
-    walk(open_xfs, source)
+    walk(open_xfs, source, nodes=2 + len(touched), first=touched)
+
+
+def _owner(block: bytes) -> NodeId:
+    """The inode that a block of metadata is, or belongs to."""
+    at = {b"IN": 152, b"XD": 40, b"BM": 56, b"XS": 32, b"XA": 32}.get(block[:2], 48)
+    return NodeId(block[at : at + 8])
 
 
 def xfs4(data: bytes) -> None:
@@ -100,7 +109,7 @@ def xfs_log_items(data: bytes) -> None:
         operations.append((flags, data[at + 3 : at + 3 + length % 512]))
         at += 3 + length % 512
     xfs_log.append(source, [(xfs_log.START, b""), (0, xfs_log.TRANSACTION), *operations, (xfs_log.COMMIT, b"")])
-    walk(open_xfs, source)
+    walk(open_xfs, source, nodes=4)
 
 
 @cache
@@ -119,7 +128,7 @@ def xfs_log_records(data: bytes) -> None:
         source.write_at(start + sector * 512 + at % (sectors * 512), value)
         if place & 0x8000:
             _seal_record(source, start + sector * 512)
-    walk(open_xfs, source)
+    walk(open_xfs, source, nodes=4)
 
 
 def _seal_record(source: SparseSource, at: int) -> None:

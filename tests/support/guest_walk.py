@@ -10,7 +10,7 @@ from xbfs_engine.core.errors import XbfsError
 from xbfs_engine.guestfs.base import NODE_ID_MAX, XATTR_BYTES_MAX, Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from tests.support.guest_sources import SparseSource
     from xbfs_engine.formats.source import BlockSource
@@ -28,12 +28,14 @@ def walk(
     nodes: int,
     read_bytes_max: int,
     entries: int = ENTRIES_MAX,
+    first: Sequence[NodeId] = (),
 ) -> int:
-    """Looks at up to ``nodes`` nodes, which together read no more of the source than said; returns how many."""
+    """Looks at up to ``nodes`` nodes, ``first`` before those below the root; together they read no more of the source
+    than said. Returns how many."""
     source.bytes_read = 0
     try:
         volume = open_(source)
-        waiting = [volume.root]
+        waiting = [volume.root, *first]
     except XbfsError:
         return 0
     seen = 0
