@@ -16,6 +16,7 @@ class GuestHere(GuestReading):
     def __init__(self, disks: Sequence[Disk], keys: Sequence[VolumeKey] = ()) -> None:
         super().__init__(disks, keys)
         self.closed = False
+        self.confinement = None
 
     def give_keys(self, keys: Sequence[VolumeKey]) -> None:
         with self._lock:

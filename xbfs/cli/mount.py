@@ -25,12 +25,21 @@ def mount(arguments: argparse.Namespace, output: Output) -> None:
     path = mountpoint.prepare(directory, storage_of(arguments).location())
     from xbfs.fuse.mount import DataPlaneKind, MountOptions, MountServer
     from xbfs.vfs.filesystem import ViewOptions
+    from xbfs.vfs.guests.attributes import Ownership
+    from xbfs.vfs.guests.views import GuestOptions, LinkTargets
 
     repository = repository_of(arguments)
     catalog, index = catalog_of(repository, output), index_of(repository)
     log_file = cache_directory(repository) / LOG_NAME if arguments.background else None
     options = MountOptions(
-        view=ViewOptions(cache_bytes=arguments.cache_size, deadline_s=arguments.deadline),
+        view=ViewOptions(
+            cache_bytes=arguments.cache_size,
+            deadline_s=arguments.deadline,
+            guests=GuestOptions(
+                ownership=Ownership(arguments.ownership) if arguments.ownership else None,
+                links=LinkTargets(arguments.links),
+            ),
+        ),
         allow_other=arguments.allow_other,
         log_file=log_file,
         data_plane=DataPlaneKind(arguments.data_plane),

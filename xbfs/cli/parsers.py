@@ -267,6 +267,17 @@ def _add_mount(verbs: _Verbs) -> None:
     mount.add_argument("--background", action="store_true", help="return when the mount is there, serve it on")
     mount.add_argument("--allow-other", action="store_true", help="let other users in (see fuse.conf)")
     mount.add_argument(
+        "--ownership",
+        choices=("guest", "operator"),
+        help="guests' files keep their owners and modes, or all belong to you (default: guest for root, else operator)",
+    )
+    mount.add_argument(
+        "--links",
+        choices=("rebased", "raw"),
+        default="rebased",
+        help="guests' symlinks stay within the guest, or lead where they say, on this machine (default: rebased)",
+    )
+    mount.add_argument(
         "--cache-size", type=_size, metavar="SIZE", default=128 * MIB, help="decoded data kept, as 512M (default: 128M)"
     )
     mount.add_argument(

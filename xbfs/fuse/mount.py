@@ -18,6 +18,7 @@ import trio
 
 from xbfs.fuse import mountpoint
 from xbfs.fuse.background import run_in_background
+from xbfs.fuse.control import take_keys
 from xbfs.fuse.device import mount_device
 from xbfs.fuse.files import OpenFiles
 from xbfs.fuse.plane import DataPlane
@@ -195,6 +196,7 @@ async def _serve(filesystem: FileSystem, plane: DataPlane | None, path: Path, re
         nursery.start_soon(filesystem.tend)
         if plane is not None:
             nursery.start_soon(plane.tend)
+        nursery.start_soon(take_keys, filesystem)
         nursery.start_soon(serve_kernel)
         nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
         try:

@@ -27,7 +27,8 @@ from xbfs.vfs.pool import ReadPool
 from xbfs.vfs.report import MountReport
 from xbfs.vfs.tree import Attributes, Tree, damage_name
 from xbfs_engine.catalog.blockmap import NodeStore
-from xbfs_engine.core.errors import IntegrityError, XbfsError
+from xbfs_engine.core.errors import IntegrityError, PointNotFound, XbfsError
+from xbfs_engine.core.ids import PointId
 from xbfs_engine.core.limits import MIB
 from xbfs_engine.core.log import Logger
 from xbfs_engine.guestfs.volumes.records import Disk
@@ -35,11 +36,14 @@ from xbfs_engine.store.cache import ChunkCache
 from xbfs_engine.store.reader import ChunkReader
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from xbfs.vfs.guests.places import Place
     from xbfs.vfs.guests.source import Guests, KeyedGuest
     from xbfs.vfs.points import ShownPoint
     from xbfs.vfs.tree import ImageFile
     from xbfs_engine.catalog.catalog import Catalog
+    from xbfs_engine.guestfs.volumes.records import VolumeKey
     from xbfs_engine.store.reader import Locator
     from xbfs_engine.store.repository import Repository
 
@@ -114,7 +118,8 @@ class FileSystem:
             failed=self._guest_failed,
         )
         self.tree = Tree(
-            lambda: self.report.status_json(self.tree.points), lambda: self.report.metrics(self.tree.points)
+            lambda: self.report.status_json(self.tree.points, self.guests.confinement()),
+            lambda: self.report.metrics(self.tree.points),
         )
 
     async def lookup(self, directory: int, name: str) -> Attributes | None:
@@ -151,6 +156,13 @@ class FileSystem:
             self._read_failed(file, offset, size, problem)
 
         return ImageHandle(image, self._pool, timeout_s=self.options.deadline_s, failed=failed)
+
+    async def unlock(self, point: str, key: VolumeKey) -> list[str]:
+        """Try a key on the locked volumes of a point's guest: see ``GuestViews.unlock``. Raises PointNotFound too."""
+        shown = self.tree.points.by_id.get(PointId(point))
+        if shown is None:
+            raise PointNotFound(f"no restore point {point} is mounted")
+        return await self.guests.unlock(shown, key)
 
     async def refresh(self) -> Changes:
         """Look for new restore points and for those that are gone. Raises StorageError."""
@@ -196,14 +208,14 @@ class FileSystem:
         points, damaged = self._catalog.points(), self._catalog.damaged()
         return None if before.same_as(points, damaged) else Points(points, damaged, before)
 
-    def _guest(self, shown: ShownPoint) -> KeyedGuest:
+    def _guest(self, shown: ShownPoint, keys: Sequence[VolumeKey]) -> KeyedGuest:
         """The guest of a point; reads nothing."""
         disks: list[Disk] = []
         for disk in sorted(shown.point.disks, key=lambda disk: disk.number):
             image = open_image(shown.point, disk, ImageFormat.RAW, self._nodes, self._cache)
             source = PatientDisk(image, self._pool, timeout_s=self.options.deadline_s)
             disks.append(Disk(str(disk.number), source))
-        return self._open_guest(shown.path, disks)
+        return self._open_guest(shown.path, disks, keys)
 
     def _guest_failed(self, place: str, facts: dict[str, object], problem: XbfsError) -> None:
         if self._is_new(place, problem):

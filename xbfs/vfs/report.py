@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from xbfs.vfs.guests.source import Guests
     from xbfs.vfs.points import Points
     from xbfs.vfs.pool import ReadPool
+    from xbfs_engine.guestfs.worker.confine import Confinement
     from xbfs_engine.store.cache import ChunkCache
     from xbfs_engine.store.repository import Repository
 
@@ -41,9 +42,10 @@ class MountReport:
         self.problems: deque[dict[str, object]] = deque(maxlen=PROBLEMS_MAX)
         self.guest_problems: deque[dict[str, object]] = deque(maxlen=PROBLEMS_MAX)
         self.refresh_problem: str | None = None
+        self.control: str | None = None
         self.read_ahead_kib: int | None = None
 
-    def status_json(self, points: Points) -> bytes:
+    def status_json(self, points: Points, confinement: Confinement | None) -> bytes:
         """Health as JSON, with everything that can not be shown and why."""
         stalled = self._gate.stalled()
         return to_json(
@@ -67,7 +69,13 @@ class MountReport:
                     "misses": self._cache.misses,
                     "hit_ratio": self._hit_ratio(),
                 },
-                "guests": {"live": self._guests.live, "recent_problems": list(self.guest_problems)},
+                "guests": {
+                    "readers": self._guests.live,
+                    "confined_by": None if confinement is None else list(confinement.in_force),
+                    "not_confined_by": None if confinement is None else list(confinement.missing),
+                    "recent_problems": list(self.guest_problems),
+                },
+                "control": self.control,
                 "threads": self._pool.size,
                 "kernel_read_ahead_kib": self.read_ahead_kib,
             }

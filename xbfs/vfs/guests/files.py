@@ -1,16 +1,20 @@
 """An open file of a guest. Any thread may read.
 
-Nothing is kept or read ahead here: the kernel does that with files, and the disk below is read ahead by itself.
+No content is kept or read ahead here: the kernel does that with files, and the disk below is read ahead by itself.
+One page of the map of data and holes is kept, as copies ask for one place after the other.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from functools import partial
-from typing import TYPE_CHECKING
+from operator import itemgetter
+from typing import TYPE_CHECKING, Final
 
 from xbfs.view.base import joined
-from xbfs_engine.core.errors import XbfsError
+from xbfs_engine.core.errors import GuestDamaged, XbfsError
 from xbfs_engine.guestfs.base import READ_BYTES_MAX
+from xbfs_engine.guestfs.guest import ExtentPage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -19,11 +23,13 @@ if TYPE_CHECKING:
     from xbfs.vfs.pool import ReadPool
     from xbfs.view.base import Part
 
+_START: Final = itemgetter(0)
+
 
 class GuestFile:
     """An open file: ``handles.OpenFile``."""
 
-    __slots__ = ("_guest", "_pool", "_spot", "failed", "seek_waits", "timeout_s")
+    __slots__ = ("_guest", "_page", "_pool", "_spot", "failed", "seek_waits", "timeout_s")
 
     def __init__(
         self,
@@ -37,6 +43,8 @@ class GuestFile:
         self._guest = guest
         self._spot = spot
         self._pool = pool
+        # Replaced as a whole: threads may seek at once.
+        self._page = ExtentPage((), is_last=False)
         self.timeout_s = timeout_s
         self.failed = failed
         self.seek_waits = True
@@ -81,17 +89,28 @@ class GuestFile:
         return parts
 
     def _sought(self, offset: int, *, data: bool) -> int | None:
-        size = self._guest.guest.stat(*self._spot).size_bytes
-        if offset >= size:
-            return None
         at = offset
-        while at < size:
-            page = self._guest.guest.extents(*self._spot, at)
-            for extent in page.extents:
+        while True:
+            page = self._page_at(at)
+            for extent in page.extents[max(bisect_right(page.extents, at, key=_START) - 1, 0) :]:
                 end = extent.offset + extent.length
                 if end > at and extent.is_data is data:
                     return max(at, extent.offset)
                 at = max(at, end)
-            if page.is_last or not page.extents:
-                break
-        return None if data else size
+            if page.is_last:
+                # The end of the file counts as a hole, for whoever asks from within the file.
+                return None if data or offset >= at else at
+
+    def _page_at(self, offset: int) -> ExtentPage:
+        """The part of the map that has ``offset``, or the last one if that is beyond the end."""
+        page = self._page
+        if page.extents and page.extents[0].offset <= offset:
+            last = page.extents[-1]
+            if page.is_last or offset < last.offset + last.length:
+                return page
+        page = self._guest.guest.extents(*self._spot, offset)
+        if page.extents or offset == 0:
+            self._page = page
+        if not page.extents and not page.is_last:
+            raise GuestDamaged("the map of the file ends before the file does")
+        return page

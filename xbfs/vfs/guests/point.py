@@ -18,12 +18,14 @@ from xbfs_engine.guestfs.base import Kind, VolumeState
 from xbfs_engine.guestfs.volumes.records import VolumeStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from xbfs.vfs.guests.source import KeyedGuest
     from xbfs_engine.catalog.restore_point import RestorePoint
     from xbfs_engine.guestfs.base import NodeId, NodeStat, Xattr
     from xbfs_engine.guestfs.guest import GuestTree, Listed, Page, VolumeRow
+    from xbfs_engine.guestfs.volumes.records import VolumeKey
+    from xbfs_engine.guestfs.worker.confine import Confinement
 
 _SUFFIX: Final = ".json"
 _NTFS: Final = "ntfs"
@@ -84,8 +86,17 @@ class PointGuest:
         self._views: dict[tuple[View, str], VolumeView] = {}
         self.forget()
 
+    def use_keys(self, keys: Sequence[VolumeKey]) -> None:
+        """Give these keys, and no others, to the guest: there may be other volumes now. Waits for who is inside."""
+        self.guest.give_keys(keys)
+        self.forget()
+
+    def locked(self) -> list[VolumeRow]:
+        """Volumes that no key has opened."""
+        return [row for row in self.guest.volumes().rows if row.status is VolumeStatus.LOCKED]
+
     def forget(self) -> None:
-        """Keys were given: volumes may be others now. For the event loop's thread."""
+        """Volumes may be others now."""
         self._names: VolumeNames | None = None
         self._root: RootView | None = None
         self._rows: dict[str, VolumeRow] = {}
@@ -100,6 +111,11 @@ class PointGuest:
             if self._guest is None:
                 self._guest = self._opened()
             return self._guest
+
+    @property
+    def confinement(self) -> Confinement | None:
+        """What its reader is confined by; None before it was started. Never blocks."""
+        return None if self._guest is None else self._guest.confinement
 
     def close(self) -> None:
         """It is not asked any more. For the event loop's thread."""

@@ -10,10 +10,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from xbfs_engine.guestfs.volumes.records import Disk, VolumeKey
+    from xbfs_engine.guestfs.worker.confine import Confinement
 
 
 class KeyedGuest(Guest, Protocol):
     """A guest that takes keys of encrypted volumes later on."""
+
+    @property
+    def confinement(self) -> Confinement | None:
+        """What its reader is confined by; None before it was started."""
+        ...
 
     def give_keys(self, keys: Sequence[VolumeKey]) -> None:
         """Replace the keys; what was found before is forgotten."""

@@ -26,7 +26,7 @@ from xbfs.vfs.guests.listing import FilesListing, GuestListing, Listing
 from xbfs.vfs.guests.places import Directory, Node, Places, Top, View, VolumeText, path_of, trail
 from xbfs.vfs.guests.point import PointGuest, Seen, Spot
 from xbfs.vfs.times import iso_time_ns
-from xbfs_engine.core.errors import GuestDamaged, GuestError, GuestWrongKind, XbfsError
+from xbfs_engine.core.errors import GuestDamaged, GuestError, GuestLocked, GuestNotFound, GuestWrongKind, XbfsError
 from xbfs_engine.guestfs.base import Kind, NodeId
 
 if TYPE_CHECKING:
@@ -37,13 +37,18 @@ if TYPE_CHECKING:
     from xbfs.vfs.guests.source import KeyedGuest
     from xbfs.vfs.points import ShownPoint
     from xbfs.vfs.pool import ReadPool
+    from xbfs_engine.catalog.restore_point import RestorePoint
     from xbfs_engine.core.ids import PointId
+    from xbfs_engine.guestfs.volumes.records import VolumeKey
+    from xbfs_engine.guestfs.worker.confine import Confinement
 
 T = TypeVar("T")
 
 GUEST_S: Final = 90.0
 """What a request to a guest may take beyond what the storage may: a search for volumes that hangs, and its repetition
 in a new process, with room for a key to be tried."""
+UNLOCK_S: Final = 170.0
+"""What trying a key may take: whoever waits for the answer waits a little longer (xbfs.control)."""
 DEPTH_MAX: Final = 2048
 """Directories above one another: what fits into the longest path (Linux, PATH_MAX 4096) with names of one byte."""
 NOTES: Final = b"user.xbfs.notes"
@@ -68,6 +73,8 @@ class GuestOptions:
 
     ownership: Ownership | None = None
     links: LinkTargets = LinkTargets.REBASED
+    keys: tuple[VolumeKey, ...] = ()
+    """Tried on every encrypted volume."""
 
 
 class GuestViews:
@@ -75,7 +82,7 @@ class GuestViews:
 
     def __init__(
         self,
-        opened: Callable[[ShownPoint], KeyedGuest],
+        opened: Callable[[ShownPoint, Sequence[VolumeKey]], KeyedGuest],
         pool: ReadPool,
         options: GuestOptions,
         *,
@@ -90,6 +97,7 @@ class GuestViews:
         self._appearance = Appearance(options.ownership, for_others=for_others)
         self._timeout_s = deadline_s + GUEST_S
         self._guests: dict[PointId, PointGuest] = {}
+        self._keys: dict[str, tuple[VolumeKey, ...]] = {}
         self.places = Places()
 
     def top(self, shown: ShownPoint, view: View, inode: int) -> Top:
@@ -100,6 +108,42 @@ class GuestViews:
         """Only these points are still there."""
         for point in self._guests.keys() - points:
             self._guests.pop(point).close()
+
+    def confinement(self) -> Confinement | None:
+        """What readers of guests are confined by; None before the first one was started."""
+        return next(filter(None, (guest.confinement for guest in self._guests.values())), None)
+
+    async def unlock(self, shown: ShownPoint, key: VolumeKey) -> list[str]:
+        """Try a key on a point's locked volumes; if it opens one it is kept for the VM. The names of those it opened.
+
+        Raises GuestLocked if it opens none, GuestNotFound if there is no such volume, and what a Guest raises.
+        """
+        guest = self._guest(shown)
+        kept = self._keys_of(shown.point)
+
+        def attempt() -> list[str]:
+            before = guest.locked()
+            wanted = [row.name for row in before if key.volume in ("", row.name, row.uuid)]
+            if not wanted:
+                if key.volume and all(key.volume not in (row.name, row.uuid) for row in guest.guest.volumes().rows):
+                    raise GuestNotFound(f"there is no volume {key.volume}")
+                return []
+            guest.use_keys((*kept, key))
+            still = {row.name for row in guest.locked()}
+            opened = [name for name in wanted if name not in still]
+            if not opened:
+                guest.use_keys(kept)
+                raise GuestLocked(f"the key does not open {', '.join(wanted)}", hint="check it and try again")
+            return opened
+
+        opened = await self._pool.run(partial(guest.door.through, attempt), UNLOCK_S)
+        if opened:
+            vm = guest.point.vm_uuid
+            self._keys[vm] = keys = (*kept, key)
+            others = [other for other in self._guests.values() if other.point.vm_uuid == vm and other is not guest]
+            for other in others:
+                await self._pool.run(partial(other.door.through, partial(other.use_keys, keys)), UNLOCK_S)
+        return opened
 
     async def lookup(self, directory: Directory, name: bytes) -> tuple[VolumeText | Node, GuestAttributes] | None:
         """What a name stands for; the caller enters it when it tells the kernel."""
@@ -234,10 +278,13 @@ class GuestViews:
             facts["path"] = f"{facts['path']}/{name.decode(errors='backslashreplace')}"
         self._failed(_name(place, name), facts, problem)
 
+    def _keys_of(self, point: RestorePoint) -> tuple[VolumeKey, ...]:
+        return self._keys.get(point.vm_uuid, self._options.keys)
+
     def _guest(self, shown: ShownPoint) -> PointGuest:
         guest = self._guests.get(shown.point.id)
         if guest is None:
-            guest = PointGuest(shown.point, shown.path, partial(self._opened, shown))
+            guest = PointGuest(shown.point, shown.path, lambda: self._opened(shown, self._keys_of(shown.point)))
             self._guests[shown.point.id] = guest
         return guest
 
