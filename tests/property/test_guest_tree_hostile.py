@@ -6,6 +6,7 @@ import contextlib
 import struct
 from functools import cache
 
+import msgpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,8 @@ from tests.support.registry_hives import Keys, build, mounted_devices, seal
 from xbfs_engine.core.errors import GuestDamaged, GuestError
 from xbfs_engine.guestfs.tree.fstab import parse_crypttab, parse_fstab, parse_mount_unit
 from xbfs_engine.guestfs.tree.hive import Hive, Key
+from xbfs_engine.guestfs.worker import replies
+from xbfs_engine.guestfs.worker.codes import code_tree
 
 PATHS = [
     "/",
@@ -83,6 +86,8 @@ def is_sound(found: Shown) -> None:
     assert len(set(hidden)) == len(hidden)
     assert all(note.isprintable() for note in tree.notes)
     found.directories()
+    # The process that is told of it believes every word.
+    assert replies.tree(msgpack.unpackb(msgpack.packb(code_tree(tree)), use_list=False), {"0p1", "1p1"}) == tree
 
 
 @settings(max_examples=150, deadline=None)

@@ -18,6 +18,8 @@ from xbfs_engine.guestfs.volumes import VolumeStatus
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from xbfs_engine.guestfs.guest import Guest
+
 Entry: TypeAlias = Union["Mapping[str, Entry]", bytes, str, Exception]
 
 PAGE = 3
@@ -243,3 +245,23 @@ def _kind(entry: Entry) -> Kind:
     if isinstance(entry, Exception):
         return Kind.UNKNOWN
     return Kind.FILE if isinstance(entry, bytes) else Kind.SYMLINK if isinstance(entry, str) else Kind.DIRECTORY
+
+
+def walk_tree(guest: Guest, tree: GuestTree) -> dict[str, str | None]:
+    """Every path of a tree with the text of its file or the target of its link, as find(1) walks it."""
+    over = {mount.over: (mount.volume, mount.node) for mount in tree.mounts if mount.over}
+    found: dict[str, str | None] = {}
+    waiting = [("", tree.mounts[0].volume, tree.mounts[0].node)]
+    while waiting:
+        path, volume, node = waiting.pop()
+        for listed in guest.list(volume, node).entries:
+            below = f"{path}/{listed.entry.name.decode()}"
+            assert listed.stat is not None
+            if listed.stat.kind is Kind.DIRECTORY:
+                found[below] = None
+                waiting.append((below, *over.get((volume, listed.entry.node), (volume, listed.entry.node))))
+            elif listed.stat.kind is Kind.SYMLINK:
+                found[below] = guest.readlink(volume, listed.entry.node).decode()
+            else:
+                found[below] = guest.read(volume, listed.entry.node, 0, READ_BYTES_MAX).decode()
+    return found

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _KINDS: Final = frozenset({"ntfs", "vfat", "exfat"})
 _HIVE: Final = ("Windows", "System32", "config", "SYSTEM")
-_NAMES_MAX: Final = 1 << 16
+_NAMES_MAX: Final = 1 << 14
 """Names of a directory that are compared without regard to case."""
 
 _LETTER: Final = re.compile(r"\\DosDevices\\([A-Za-z]):")
