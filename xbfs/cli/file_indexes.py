@@ -142,26 +142,13 @@ class Indexing:
 
     def _disks(self, point: RestorePoint) -> list[Disk]:
         """The point's disks, over caches that all points share."""
-        from xbfs.view.disk import PointDisk
-        from xbfs_engine.catalog.blockmap import BlockMap, NodeStore
-        from xbfs_engine.guestfs.volumes import Disk
+        from xbfs.view.guests import guest_disks
+        from xbfs_engine.catalog.blockmap import NodeStore
         from xbfs_engine.store.cache import ChunkCache
 
         if self._caches is None:
             self._caches = (NodeStore(self._reader), ChunkCache(self._reader, CACHE_BYTES))
-        nodes, cache = self._caches
-        return [
-            Disk(
-                str(disk.number),
-                PointDisk(
-                    BlockMap(nodes, disk.root, disk.chunks),
-                    cache,
-                    size_bytes=disk.size_bytes,
-                    chunk_size=disk.chunk_size,
-                ),
-            )
-            for disk in point.disks
-        ]
+        return guest_disks(point, *self._caches)
 
     @contextmanager
     def _guests(self) -> Iterator[OpenGuest]:
@@ -171,6 +158,6 @@ class Indexing:
         with GuestWorkers(self._repository.runtime.clock, workers_max=1) as workers:
 
             def opened(disks: Sequence[Disk]) -> AbstractContextManager[Guest]:
-                return closing(workers.open("index", disks, self._keys))
+                return closing(workers.open("file index", disks, self._keys))
 
             yield opened
