@@ -17,6 +17,7 @@ from xbfs_engine.guestfs.base import Kind
 from xbfs_engine.guestfs.crc32c import crc32c
 from xbfs_engine.guestfs.explorer.btrfs import open_btrfs
 from xbfs_engine.guestfs.explorer.exfat import open_exfat
+from xbfs_engine.guestfs.explorer.ext import open_ext
 from xbfs_engine.guestfs.explorer.ntfs import open_ntfs
 
 if TYPE_CHECKING:
@@ -151,6 +152,16 @@ def test_btrfs_features_that_are_not_read_are_refused(feature: int) -> None:
     source.write_at(65_536, bytes(superblock))
     with pytest.raises(GuestUnsupported):
         open_btrfs(source)
+
+
+@pytest.mark.parametrize("feature", [0x1, 0x8, 0x1000, 1 << 30], ids=["compression", "journal", "dirdata", "unknown"])
+def test_ext_features_that_are_not_read_are_refused(feature: int) -> None:
+    source = guest_golden.image("ext4")
+    flags = struct.unpack("<I", source.read_at(1024 + 0x60, 4))[0]
+    source.write_at(1024 + 0x60, struct.pack("<I", flags | feature))
+    guest_golden.seal("ext4", source, 0)
+    with pytest.raises(GuestUnsupported):
+        open_ext(source)
 
 
 def test_the_reader_of_ext_lists_what_was_lost_and_found_by_its_own_name_only() -> None:
