@@ -84,6 +84,14 @@ def test_find_tells_versions_and_what_was_deleted(indexed: World) -> None:
     assert "odd\\xff\\nname" in lines[0]
 
 
+def test_paths_are_those_of_the_guest(indexed: World) -> None:
+    """Its fstab says that volume 0 is the root."""
+    (found,) = indexed.good("find", "/etc/fstab", "--json").json["files"]
+    assert (found["path"], found["volume"], found["in_tree"]) == ("/etc/fstab", "0", True)
+    (run,) = indexed.good("history", "web:/etc/fstab", "--json").json["versions"]
+    assert (run["state"], len(run["points"])) == ("present", 2)
+
+
 def test_find_limits_and_chooses(indexed: World) -> None:
     document = indexed.good("find", "/**", "--limit", "3", "--json").json
     assert (len(document["files"]), document["limited"]) == (3, True)

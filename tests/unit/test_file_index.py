@@ -12,11 +12,21 @@ from tests.support.fake_volume import FakeGuest
 from tests.support.file_index import Indexing, source_of
 from tests.support.guest_golden import image, kernel_said
 from tests.support.repositories import overwrite
+from xbfs.cli import history
 from xbfs_engine.catalog.fileindex.compare import ChangeKind, differences, lookup
+from xbfs_engine.catalog.fileindex.places import locate, view_of
 from xbfs_engine.catalog.fileindex.segment import Entry, order
 from xbfs_engine.codec.keys import Role
-from xbfs_engine.core.errors import Cancelled, IndexCorrupt, IntegrityError, KeyNotHeld, StorageUnavailable
-from xbfs_engine.guestfs.base import Kind
+from xbfs_engine.core.errors import (
+    Cancelled,
+    GuestNotFound,
+    IndexCorrupt,
+    IntegrityError,
+    KeyNotHeld,
+    StorageUnavailable,
+)
+from xbfs_engine.guestfs.base import Kind, NodeId
+from xbfs_engine.guestfs.guest import GuestMount, GuestTree
 from xbfs_engine.ingest.fileindex.build import index_point
 from xbfs_engine.ingest.fileindex.reads import ranges_of
 from xbfs_engine.maintain.check import check
@@ -155,6 +165,41 @@ def test_hostile_trees_end_and_tell(lab: Indexing) -> None:
     assert "does not go on" in messages[b"big"]
     assert [path for path, message in messages.items() if "too deep" in message]
     assert built.index.volumes[0].settled
+
+
+def test_mounts_are_found_within_their_volumes_and_taken_over(lab: Indexing) -> None:
+    guest = FakeGuest.of({"@/etc/fstab": 1, "@home/me/file": 2})
+    mounts = (
+        GuestMount(b"/", "v", NodeId(b"@"), None, "subvol=@"),
+        GuestMount(b"/home", "v", NodeId(b"@home"), None, "subvol=@home"),
+        GuestMount(b"/gone", "v", NodeId(b"nowhere"), None, "subvol=@gone"),
+    )
+    guest.shown = GuestTree("unix", mounts, ())
+    lab.wrap = lambda _: guest
+    first = lab.build(lab.engine.backup(b"a" * CHUNK)).index
+    assert [mount.inside for mount in first.tree.mounts] == [b"@", b"@home", None]
+    assert locate(first, b"/home/me/file") == ("v", b"@home/me/file")
+    assert view_of(first, "v").show(b"@home/me/file").path == b"/home/me/file"
+    with pytest.raises(GuestNotFound):
+        locate(first, b"/gone/x")
+    guest.shown = GuestTree("unix", mounts[:2], ())
+    lab.build(lab.engine.backup(b"a" * CHUNK), program="lists again")
+    built = lab.build(lab.engine.backup(b"a" * CHUNK), program="lists again")
+    assert built.taken == ("v",)
+    assert [mount.inside for mount in built.index.tree.mounts] == [b"@", b"@home"]
+
+
+def test_windows_paths_are_found_whatever_their_capitals(lab: Indexing) -> None:
+    guest = FakeGuest.of({"Users/Ann/Plan.xlsx": 3})
+    guest.shown = GuestTree("windows", (GuestMount(b"/C:", "v", NodeId(b"."), None, "C:"),), ())
+    lab.wrap = lambda _: guest
+    root = lab.build(lab.engine.backup(b"a" * CHUNK)).index
+    states = history._states(lab.indexes, [root], rb"C:\users\ann\plan.xlsx", None)
+    assert [state.state for state in states] == ["absent"]
+    assert history._spelled(lab.indexes, [root], rb"C:\users\ann\plan.xlsx", None) == ("v", b"Users/Ann/Plan.xlsx")
+    (exact,) = history._states(lab.indexes, [root], rb"C:\Users\Ann\Plan.xlsx", None)
+    assert exact.entry is not None
+    assert exact.entry.size_bytes == 3
 
 
 def test_directories_that_can_not_be_read_are_told(lab: Indexing) -> None:
