@@ -11,7 +11,7 @@ from __future__ import annotations
 import random  # noqa: TID251 - seeded
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from tests.support.disks import CHUNK, MemoryDisk
 from xbfs.view.overlay.files import StateFiles
 from xbfs.view.overlay.opening import begin, resume
+from xbfs.view.overlay.unitmap import UnitMap
 from xbfs_engine.core.errors import BlobNotFound, XbfsError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from typing_extensions import Buffer
 
@@ -66,8 +67,10 @@ class ModelFile:
     """(offset, length, bytes) of a write or a punched hole; (size, -1, None) of a truncation."""
     forgets: bool = False
     """Whether a sync does nothing: a disk that lies."""
-    tears: bool = False
-    """Whether a sector that is written while the power goes may be neither old nor new."""
+    tears: float = 0.0
+    """How likely a sector that is written while the power goes is neither old nor new."""
+    during_sync: Callable[[], None] = lambda: None
+    """What the guest does while the disk is busy."""
 
     def read_at(self, offset: int, length: int) -> bytes:
         return bytes(self.content[offset : offset + length])
@@ -100,8 +103,11 @@ class ModelFile:
 
     def sync(self) -> None:
         self.power.use()
-        if not self.forgets:
-            self.durable, self.pending = bytes(self.content), []
+        if self.forgets:
+            return
+        content, self.pending = bytes(self.content), []
+        self.during_sync()
+        self.durable = content
 
     def close(self) -> None:
         pass
@@ -121,7 +127,7 @@ class ModelFile:
                 continue
             for at, piece in pieces(offset, data):
                 if chance.random() < kept:
-                    torn = self.tears and chance.random() < 0.3
+                    torn = chance.random() < self.tears
                     apply(content, (at, len(piece), chance.randbytes(len(piece)) if torn else piece))
         self.content, self.durable, self.pending = content, bytes(content), []
 
@@ -166,7 +172,7 @@ class Guest:
             except BlobNotFound:
                 self.overlay = begin(self.files, BASE, identity=b"i")
                 for name, file in self.files._asdict().items():
-                    file.forgets, file.tears = name == self.lying, name == "header"
+                    file.forgets, file.tears = name == self.lying, 0.3 * (name == "header")
         self.check(self.overlay)
         for deed in deeds:
             getattr(self, deed)(self.overlay)
@@ -229,11 +235,11 @@ class Guest:
         overlay.resize(size)
         self.versions = shown[-1:] if size < len(old[-1]) else shown
 
-    def lose_power(self) -> None:
+    def lose_power(self, **kept: float) -> None:
+        """``kept``: how much each file keeps of what was not synced."""
         self.power.left = None
-        for file in self.files:
-            assert isinstance(file, ModelFile)
-            file.cut(self.chance, self.chance.choice((0.0, 0.5, 1.0)))
+        for name, file in self.files._asdict().items():
+            file.cut(self.chance, kept.get(name, self.chance.choice((0.0, 0.5, 1.0))))
         self.overlay = None
 
     def die(self) -> None:
@@ -280,3 +286,51 @@ def test_the_model_finds_out_a_disk_that_does_not_sync(lying: str) -> None:
 
     with pytest.raises((AssertionError, XbfsError)):
         all_survive()
+
+
+def test_what_is_written_while_a_flush_syncs_the_data_is_not_told_of_by_that_flush() -> None:
+    guest = Guest(random.Random(1))
+    guest.live([])
+    overlay = guest.overlay
+    assert overlay is not None
+    overlay.write_at(0, [b"a" * UNIT])
+    guest.files.data.during_sync = lambda: overlay.write_at(UNIT, [b"b" * UNIT])
+    overlay.flush()
+    guest.lose_power(data=0.0, map=1.0)
+    again = resume(guest.files, BASE, identity=b"i")
+    assert again.read_at(0, SIZE) == b"a" * UNIT + BASE.read_at(UNIT, SIZE)
+
+
+def test_a_flush_between_the_mark_of_a_unit_and_the_acknowledgement_has_its_data(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    guest = Guest(random.Random(1))
+    guest.live([])
+    overlay = guest.overlay
+    assert overlay is not None
+    mark = UnitMap.mark
+
+    def mark_and_flush(self: UnitMap, first: int, last: int, state: int) -> None:
+        mark(self, first, last, state)
+        overlay.flush()
+
+    monkeypatch.setattr(UnitMap, "mark", mark_and_flush)
+    overlay.write_at(0, [b"a" * UNIT])
+    guest.lose_power(data=0.0, map=0.0)
+    assert resume(guest.files, BASE, identity=b"i").read_at(0, UNIT) == b"a" * UNIT
+
+
+@pytest.mark.parametrize("size", [5 * UNIT, SIZE_MAX])
+def test_a_header_that_is_torn_wherever_the_power_goes_can_be_read(size: int) -> None:
+    """Twice: what the first cut left must not be all that the second one harms."""
+    for first, second in product(range(9), range(9)):
+        guest = Guest(random.Random(1))
+        guest.live(["write", "flush"])
+        for left, wanted in ((first, size), (second, SIZE - UNIT)):
+            guest.files.header.tears = 1.0
+            guest.power.left = left
+            with suppress(PowerCut):
+                guest.overlay = guest.overlay or resume(guest.files, BASE, identity=b"i")
+                guest.overlay.resize(wanted)
+            guest.lose_power(header=1.0)
+        assert resume(guest.files, BASE, identity=b"i").size_bytes in (SIZE, size, SIZE - UNIT)

@@ -90,7 +90,7 @@ def resume(files: StateFiles, base: RandomAccess, *, identity: bytes) -> Overlay
         hint = "the data file was cut: bring it back from a copy, or begin a new overlay"
         raise IntegrityError(f"the overlay has {length} of {header.size} bytes", hint=hint)
     overlay = Overlay(files, base, header)
-    # One copy may be torn or older, and what the writer that died had not synced may still be in memory alone.
+    # One copy may be torn or older: the next change must not meet a good one beside a bad one.
     store(files.header, header)
     overlay.settle()
     return overlay

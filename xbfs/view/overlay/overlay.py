@@ -34,10 +34,14 @@ _ZERO_PIECE_UNITS: Final = 64 * PAGE_UNITS
 
 
 def store(file: StateFile, header: Header) -> None:
-    """Write ``header`` to its file, durably, one copy after the other. Raises StorageError."""
+    """Have ``header`` in both copies, durably, one after the other: never touches both at once. Raises StorageError."""
+    record = encode(header)
+    # What a process that was killed had written may be in memory alone.
+    file.sync()
     for offset in COPY_OFFSETS:
-        file.write_at(offset, [encode(header)])
-        file.sync()
+        if file.read_at(offset, len(record)) != record:
+            file.write_at(offset, [record])
+            file.sync()
 
 
 class Overlay:
@@ -45,9 +49,9 @@ class Overlay:
 
     Writes are seen by all reads that begin after them at once, and survive crashes once a ``flush`` that began after
     them has returned. Without it any of them may be lost, 512 bytes by 512 bytes, as on a disk with a write cache.
-    Reading raises IntegrityError (never wrong bytes) or StorageError, of the base or of the overlay's files. After a
-    flush that failed in the disk nothing can be written any more: what the disk has is not known until it is opened
-    anew. StorageFull leaves everything acknowledged, and flushing, possible.
+    Reading raises IntegrityError (never wrong bytes) or StorageError, of the base or of the overlay's files. A write
+    that gives StorageFull, for want of room, can be repeated, and flushing goes on. After a sync that failed nothing
+    can be written any more: what the disk has is not known until the overlay is opened anew.
     """
 
     def __init__(self, files: StateFiles, base: RandomAccess, header: Header) -> None:
