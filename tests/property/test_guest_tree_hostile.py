@@ -84,6 +84,7 @@ def is_sound(found: Shown) -> None:
         assert found.find(mount.path.decode()) == (mount.volume, mount.node)
     hidden = [mount.over for mount in tree.mounts if mount.over]
     assert len(set(hidden)) == len(hidden)
+    assert not {(mount.volume, mount.node) for mount in tree.mounts}.intersection(hidden)
     assert all(note.isprintable() for note in tree.notes)
     found.directories()
     # The process that is told of it believes every word.

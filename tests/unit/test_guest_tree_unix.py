@@ -213,6 +213,15 @@ def test_two_paths_of_one_directory_show_one_mount() -> None:
     assert "something else" in found.notes
 
 
+def test_a_mount_does_not_hide_one_below_it() -> None:
+    other = volume("2p1", {"x": {}}, uuid="two")
+    found = shown(
+        f"UUID={HOME_UUID} /mnt/x ext4\nUUID=two /opt/deep/link ext4\n", HOME, other, opt={"deep": {"link": "/mnt"}}
+    )
+    assert found.mounts == {"/": "0p1", "/mnt/x": "1p2"}
+    assert "something else" in found.notes
+
+
 def test_a_bind_mount_shows_a_directory_of_another_mount_that_comes_later() -> None:
     data = volume("2p1", {"www": {"index": b""}}, uuid="d")
     found = shown("/mnt/x/www /srv none bind\nUUID=d /mnt/x ext4 defaults 0 2\n", data)
@@ -353,6 +362,14 @@ def test_subvolumes_are_mounted_by_path() -> None:
     assert {mount.path for mount in found.tree.mounts} == {b"/", b"/home"}
     assert "no such subvolume" in found.notes
     assert "0p1 (@old)" in found.notes
+
+
+def test_a_subvolume_mounted_where_it_lies_is_shown_once() -> None:
+    tree = system(f"UUID={ROOT_UUID} / btrfs subvol=/\nUUID={ROOT_UUID} /home btrfs subvol=home\n", home={"alice": {}})
+    found = Shown(FakeGuest(volume("0p1", tree, kind="btrfs", uuid=ROOT_UUID)))
+    assert found.mounts == {"/": "0p1"}
+    assert found.names("/home") == {"alice"}
+    assert found.notes == ""
 
 
 def test_the_whole_of_a_btrfs_is_not_shown_within_itself() -> None:

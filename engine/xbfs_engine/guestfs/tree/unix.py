@@ -156,7 +156,9 @@ class _Building:
             if place.kind is not Kind.DIRECTORY or len(path) > _PATH_BYTES_MAX:
                 self._note(line, "what it is to be mounted on is no directory")
                 return
-        if any(made.mount.path == path for made in self.made) or (over and self._space.is_covered(over.spot)):
+        if over and over.spot == step.spot:
+            return
+        if self._is_taken(path, step, over):
             self._note(line, "something else is mounted there")
             return
         mount = GuestMount(path, *step.spot, over.spot if over else None, words(line.source))
@@ -169,6 +171,14 @@ class _Building:
             self._space.cover(over.spot, step)
         else:
             self._space.add(path[1:], step)
+
+    def _is_taken(self, path: bytes, step: Step, over: Step | None) -> bool:
+        """Whether a mount would hide another, or it could not be told by spots what is shown where."""
+        if any(made.mount.path == path or made.mount.path.startswith(path + b"/") for made in self.made):
+            return True
+        if over and (self._space.is_covered(over.spot) or any(made.step.spot == over.spot for made in self.made)):
+            return True
+        return self._space.is_covered(step.spot)
 
     def _may_add(self, names: list[bytes]) -> bool:
         """Whether the topmost directory can be shown with one more name; a link that leads nowhere has its own."""
