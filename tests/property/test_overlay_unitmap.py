@@ -60,11 +60,13 @@ def flush(states: UnitMap, *, fails: bool = False) -> None:
 @given(deeds)
 def test_the_map_is_what_was_marked(lived: list[tuple[str, tuple[int, int], int]]) -> None:
     with map_file() as file:
-        states, model, underway = UnitMap(file, pages_max=4), bytearray(UNITS), False
+        states, model = UnitMap(file, pages_max=4), bytearray(UNITS)
+        underway: dict[int, bytes] = {}
         for deed, (first, last), state in lived:
-            if underway and deed != "mark" and deed != "read":
+            if underway and deed not in ("mark", "read"):
+                states.write(underway)
                 states.kept()
-                underway = False
+                underway = {}
             match deed:
                 case "mark":
                     states.reserve(first, last)
@@ -75,9 +77,8 @@ def test_the_map_is_what_was_marked(lived: list[tuple[str, tuple[int, int], int]
                     assert states.states_cached(first, last) in (None, model[first:last])
                     check_runs(states, model, first, last)
                 case "take":
-                    # As between the data's sync and the map's: marks go on meanwhile.
-                    states.write(states.taken())
-                    underway = True
+                    # The data's sync takes long: marks and reads go on meanwhile.
+                    underway = states.taken()
                 case "cut":
                     states.cut(first)
                     model[first:] = bytes(UNITS - first)
