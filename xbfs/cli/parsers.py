@@ -10,6 +10,7 @@ from xbfs.cli.backup_vm_parsers import add_backup_vm
 from xbfs.cli.index_parsers import add_diff_files, add_file_index
 from xbfs.cli.restore_parsers import add_restore
 from xbfs.cli.rewind_parsers import add_rewind
+from xbfs.cli.unlock_parsers import add_unlock
 from xbfs.cli.xen_parsers import add_pool
 from xbfs_engine.core.errors import UsageError
 from xbfs_engine.core.limits import DISKS_PER_POINT_MAX, GIB, KIB, MIB
@@ -59,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_maintenance(verbs)
     _add_export(verbs)
     _add_mount(verbs)
+    add_unlock(verbs)
     add_file_index(verbs)
     add_restore(verbs)
     add_rewind(verbs)
