@@ -95,8 +95,9 @@ class FakeGuest:
 
     def list(self, volume: str, node: NodeId, cookie: int = 0) -> Page:
         entries = list(self._directory(volume, node).items())
-        rows = [self._listed(volume, name, entry, index) for index, (name, entry) in enumerate(entries)]
-        return Page(tuple(rows[cookie : cookie + PAGE]), cookie + PAGE >= len(rows))
+        rows = enumerate(entries[cookie : cookie + PAGE], cookie)
+        found = tuple(self._listed(volume, name, entry, index) for index, (name, entry) in rows)
+        return Page(found, cookie + PAGE >= len(entries))
 
     def stat(self, volume: str, node: NodeId) -> NodeStat:
         entry = self._entry(volume, node)

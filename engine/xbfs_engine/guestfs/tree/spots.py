@@ -96,7 +96,7 @@ class Space:
                 continue
             steps += 1
             if steps > _STEPS_MAX:
-                raise GuestUnsupported(f"path {words(path)} has more than {_STEPS_MAX} names")
+                raise GuestUnsupported(f"its path has more than {_STEPS_MAX} names")
             here = stack[-1][1]
             listed = self.guest.lookup(here.spot.volume, here.spot.node, name)
             if listed is None:
@@ -109,7 +109,7 @@ class Space:
             if kind is Kind.SYMLINK:
                 links += 1
                 if links > _LINKS_MAX:
-                    raise GuestUnsupported(f"path {words(path)} has more than {_LINKS_MAX} links")
+                    raise GuestUnsupported(f"its path has more than {_LINKS_MAX} links")
                 target = self.guest.readlink(here.spot.volume, listed.entry.node)
                 if target.startswith(b"/"):
                     del stack[1:]
@@ -131,7 +131,7 @@ class Space:
             return None
         size = stat.size_bytes
         if size > bytes_max:
-            raise GuestUnsupported(f"{words(path)} has {size} bytes; more than {bytes_max} are not read")
+            raise GuestUnsupported(f"it has {size} bytes; more than {bytes_max} are not read")
         pieces = range(0, size, READ_BYTES_MAX)
         return b"".join(self.guest.read(volume, node, at, min(READ_BYTES_MAX, size - at)) for at in pieces)
 

@@ -60,7 +60,11 @@ def candidates(guest: Guest, row: VolumeRow) -> Iterator[tuple[str, Step]]:
     if row.kind != "btrfs":
         yield "", top
         return
-    default = mounted(guest, row, {}) or top
+    try:
+        default = mounted(guest, row, {}) or top
+    except XbfsError as error:
+        passable(error)
+        default = top
     yield "" if default is top else "its default subvolume", default
     for name, step in [(b"", top), *_children(guest, top)]:
         if step.spot != default.spot:

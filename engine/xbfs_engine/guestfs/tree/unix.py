@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _MOUNTS_MAX: Final = 256
 _PATH_BYTES_MAX: Final = 4096
+_FOLDERS_MAX: Final = 64
 _UNITS: Final = b"/etc/systemd/system"
 _OF_THE_KERNEL: Final = frozenset(
     {
@@ -76,12 +77,8 @@ class _Building:
             if place is None or place.kind is not Kind.DIRECTORY:
                 return found
             names = [listed.entry.name for listed in entries(self._guest, place.step.spot, ENTRIES_MAX)]
-            wanted = {
-                name
-                for folder in names
-                if folder.endswith((b".wants", b".requires"))
-                for name in self._names(_UNITS + b"/" + folder)
-            }
+            folders = [name for name in names if name.endswith((b".wants", b".requires"))][:_FOLDERS_MAX]
+            wanted = {name for folder in folders for name in self._names(_UNITS + b"/" + folder)}
             for name in sorted(wanted.intersection(names)):
                 text = self._space.read(_UNITS + b"/" + name, TABLE_BYTES_MAX) if name.endswith(b".mount") else None
                 entry = parse_mount_unit(text or b"")
@@ -107,7 +104,7 @@ class _Building:
                 self._note(line, "several lines mount it; the last one counts")
             last[line.target] = line
         waiting = sorted(last.values(), key=lambda line: line.target.count(b"/"))
-        if len(waiting) >= _MOUNTS_MAX:
+        if len(waiting) > _MOUNTS_MAX:
             self.notes.append(f"only the first {_MOUNTS_MAX} mounts are shown")
             del waiting[_MOUNTS_MAX:]
         while waiting:
