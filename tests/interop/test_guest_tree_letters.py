@@ -14,8 +14,10 @@ import pytest
 from tests.support.guest_sources import SparseSource
 from tests.support.registry_hives import mounted_devices, peer_write, why_no_peer
 from tests.support.windows_images import make_ntfs, mounted_ntfs, why_not
+from xbfs_engine.core.runtime import SystemClock
 from xbfs_engine.guestfs.reading import GuestReading
 from xbfs_engine.guestfs.volumes import Disk
+from xbfs_engine.guestfs.worker.client import GuestWorkers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,7 +45,7 @@ def test_letters_of_real_partitions(tmp_path: Path, label: str) -> None:
         return int(told["partitiontable"]["id"], 16).to_bytes(4, "little") + start.to_bytes(8, "little")
 
     hive = tmp_path / "hive"
-    letters = {"\\DosDevices\\C:": ident(2), "\\DosDevices\\E:": ident(1), "\\DosDevices\\F:": ident(3)}
+    letters = {"名": b"", "\\DosDevices\\C:": ident(2), "\\DosDevices\\E:": ident(1), "\\DosDevices\\F:": ident(3)}
     peer_write(hive, mounted_devices(letters))
     for number, entry in enumerate(partitions, 1):
         image = tmp_path / "image"
@@ -62,5 +64,7 @@ def test_letters_of_real_partitions(tmp_path: Path, label: str) -> None:
     assert tree.kind == "windows"
     assert tree.notes == ()
     assert {mount.path: mount.volume for mount in tree.mounts} == {b"/C:": "0p2", b"/E:": "0p1", b"/F:": "0p3"}
+    with GuestWorkers(SystemClock()) as workers:
+        assert workers.open("test", [Disk("0", SparseSource.of_file(disk))]).tree() == tree
     for mount in tree.mounts:
         assert guest.lookup(mount.volume, mount.node, f"volume{mount.volume[-1]}".encode()) is not None

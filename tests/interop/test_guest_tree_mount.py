@@ -41,7 +41,7 @@ UUID={pool} /mnt/all\\040of\\011it  btrfs subvolid=5
 LABEL=xbfs-pool /mnt/default auto defaults
 /home/alice   /mnt/alice none bind 0 0
 tmpfs         none       swap sw
-LABEL=nowhere /mnt/nowhere ext4 nofail
+LABEL=no\\033where /mnt/nowhere ext4 nofail
 """
 
 
@@ -178,6 +178,7 @@ def test_a_sandboxed_worker_tells_the_same_tree(disks: Disks) -> None:
     with GuestWorkers(SystemClock()) as workers:
         tree = workers.open("test", sources).tree()
     assert tree == GuestReading(sources).tree()
+    assert any("no\\x1bwhere" in note for note in tree.notes)
     assert [mount.path for mount in tree.mounts][:4] == [b"/", b"/boot", b"/home", b"/boot/data"]
 
 

@@ -158,7 +158,7 @@ def kind_of(listed: Listed) -> Kind:
 def words(raw: bytes | str) -> str:
     """A name of a guest as part of a sentence: one line, no control characters, not too long."""
     text = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else raw
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:_WORDS_MAX])
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:_WORDS_MAX])
     return shown if len(text) <= _WORDS_MAX else shown + "…"
 
 
