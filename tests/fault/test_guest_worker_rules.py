@@ -20,7 +20,7 @@ from xbfs_engine.guestfs.volumes import Disk
 from xbfs_engine.guestfs.worker import server
 from xbfs_engine.guestfs.worker.blocks import BlockCache, RemoteSource
 from xbfs_engine.guestfs.worker.client import GuestWorkers
-from xbfs_engine.guestfs.worker.forms import DONE, REFUSED, STORAGE_FAILED
+from xbfs_engine.guestfs.worker.forms import CONTENT, DONE, REFUSED, STORAGE_FAILED
 from xbfs_engine.guestfs.worker.frames import Closed, pack, receive, unpack
 from xbfs_engine.guestfs.worker.launcher import Launched
 from xbfs_engine.guestfs.worker.limits import Limits
@@ -130,6 +130,9 @@ STAT_BYTES = 85
         ("list", pack((DONE, ([(b"a", b"node", b"\x02" + bytes(8)), (b"b", b"node", b"\x02" + bytes(8))], True)))),
         ("lookup", pack((DONE, (b"another", b"node", b"\x01" + bytes(8))))),
         ("read", pack((DONE, bytes(101)))),
+        ("read", pack((CONTENT, 101))),
+        ("read", pack((CONTENT, -1))),
+        ("stat", pack((CONTENT, 0))),
         ("extents", pack((DONE, ([(0, 5, True), (6, 1, True)], True)))),
         ("readlink", pack((DONE, bytes(1 << 20)))),
         ("xattrs", pack((DONE, [(b"", b"")]))),
@@ -233,7 +236,8 @@ def test_what_a_reader_trips_over_is_damage(error: Exception) -> None:
             raise error
 
     guest: GuestReading = Guest()  # type: ignore[assignment]
-    answer = unpack(server._answer(guest, ("volumes", "", b"", 0, 0, b""))[4:])
+    (frame,) = server._answer(guest, ("volumes", "", b"", 0, 0, b""))
+    answer = unpack(frame[4:])
     assert isinstance(answer, tuple)
     assert answer[0] == REFUSED
     assert answer[1][0] == GuestDamaged.__name__
@@ -246,9 +250,9 @@ def test_a_disk_comes_in_the_blocks_that_were_asked_for() -> None:
     asked = []
 
     class Cache(BlockCache):
-        def ask(self, disk: int, offset: int, length: int) -> bytearray:
+        def ask(self, disk: int, offset: int, length: int) -> bytes:
             asked.append((offset, length))
-            return bytearray(data[offset : offset + length])
+            return data[offset : offset + length]
 
     with ours, theirs:
         source = RemoteSource(Cache(ours), 0, len(data))

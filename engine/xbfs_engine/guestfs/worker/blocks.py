@@ -10,11 +10,12 @@ from __future__ import annotations
 import struct
 from collections import OrderedDict
 from contextlib import suppress
+from socket import MSG_WAITALL
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, Final
 
 from xbfs_engine.core.errors import GuestDamaged, XbfsError
-from xbfs_engine.guestfs.worker.frames import BadMessage, Closed, receive_exactly, receive_into
+from xbfs_engine.guestfs.worker.frames import BadMessage, Closed, receive_exactly
 from xbfs_engine.guestfs.worker.limits import BLOCK_BYTES_MAX, CACHE_BYTES, CACHED_BLOCK_BYTES
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ _FAILED_FOR_NOW: Final = 2
 
 _MESSAGE_BYTES_MAX: Final = 4096
 _ERRORS_KEPT: Final = 64
+_DRAINED: Final = 4096
 
 
 class StorageFailed(XbfsError):
@@ -65,23 +67,37 @@ class BlockCache:
             self._blocks.move_to_end(key)
             return found
         start = number * CACHED_BLOCK_BYTES
-        found = self._blocks[key] = bytes(self.ask(disk, start, min(CACHED_BLOCK_BYTES, size_bytes - start)))
+        found = self._blocks[key] = self.ask(disk, start, min(CACHED_BLOCK_BYTES, size_bytes - start))
         if len(self._blocks) * CACHED_BLOCK_BYTES > CACHE_BYTES:
             self._blocks.popitem(last=False)
         return found
 
-    def ask(self, disk: int, offset: int, length: int) -> bytearray:
+    def ask(self, disk: int, offset: int, length: int) -> bytes:
         """Bytes from the other side, not from the cache."""
-        # Made before it is needed: without memory half-way the rest of this answer would be taken for the next one.
-        body = bytearray(max(length, _MESSAGE_BYTES_MAX))
         self._connection.sendall(_QUESTION.pack(disk, offset, length))
         status, size, number = _ANSWER.unpack(receive_exactly(self._connection, _ANSWER.size))
-        receive_into(self._connection, memoryview(body)[:size])
+        body = self._receive(size)
         if status == _DATA:
-            del body[length:]
             return body
         failed = StorageFailedForNow if status == _FAILED_FOR_NOW else StorageFailed
-        raise failed(body[:size].decode(errors="replace"), number)
+        raise failed(body.decode(errors="replace"), number)
+
+    def _receive(self, size: int) -> bytes:
+        left = size
+        try:
+            # Usually all of it at once, without a copy.
+            body = self._connection.recv(size, MSG_WAITALL)
+            left -= len(body)
+            if left:
+                rest = receive_exactly(self._connection, left)
+                left = 0
+                body += rest
+        except MemoryError:
+            # Else the rest would be taken for the next answer.
+            while left:
+                left -= len(receive_exactly(self._connection, min(left, _DRAINED)))
+            raise
+        return body
 
 
 class RemoteSource:
@@ -114,6 +130,8 @@ class RemoteSource:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _uncached(self, offset: int, length: int) -> bytes:
+        if length <= BLOCK_BYTES_MAX:
+            return self._cache.ask(self._disk, offset, length)
         starts = range(offset, offset + length, BLOCK_BYTES_MAX)
         pieces = [self._cache.ask(self._disk, start, min(BLOCK_BYTES_MAX, offset + length - start)) for start in starts]
         return b"".join(pieces)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xbfs_engine.guestfs.worker import landlock, seccomp
@@ -58,35 +59,35 @@ def die_with(parent: int) -> None:
 def confine(memory_bytes: int, *, with_threads: bool) -> Confinement:
     """Give up everything but open sockets and ``memory_bytes`` more than there are; threads may still be started."""
     parent = os.getppid()
-    layers: tuple[tuple[str, Callable[[], str]], ...] = (
-        ("namespaces", _leave_namespaces),
-        ("user", _become_nobody),
-        ("capabilities", _drop_capabilities),
-        ("no new privileges", _refuse_privileges),
-        ("limits", lambda: _limit(memory_bytes, with_threads=with_threads)),
-        ("Landlock", landlock.restrict),
-        ("seccomp", lambda: seccomp.restrict(with_threads=with_threads)),
-    )
-    in_force, missing = [], []
-    for name, layer in layers:
-        if name == "seccomp":
-            # The last moment at which this can be asked for.
-            die_with(parent)
+    in_force: dict[str, str] = {}
+    missing: dict[str, str] = {}
+
+    def put(name: str, layer: Callable[[], str]) -> None:
         try:
-            in_force.append(f"{name} {layer()}".strip())
+            in_force[name] = f"{name} {layer()}".strip()
         except (OSError, ValueError) as error:
-            missing.append(f"{name}: {error}")
-    return Confinement(tuple(in_force), tuple(missing))
+            missing[name] = f"{name}: {error}"
+        else:
+            missing.pop(name, None)
+
+    put("namespaces", partial(_leave_namespaces, 0))
+    put("user", _become_nobody)
+    if "namespaces" in missing:
+        put("namespaces", partial(_leave_namespaces, _CLONE_NEWUSER))
+    put("capabilities", _drop_capabilities)
+    put("no new privileges", _refuse_privileges)
+    put("limits", partial(_limit, memory_bytes, with_threads=with_threads))
+    put("Landlock", landlock.restrict)
+    # The last moment at which this can be asked for.
+    die_with(parent)
+    put("seccomp", partial(seccomp.restrict, with_threads=with_threads))
+    return Confinement(tuple(in_force.values()), tuple(missing.values()))
 
 
-def _leave_namespaces() -> str:
-    flags = _CLONE_NEWNET | _CLONE_NEWIPC | _CLONE_NEWUTS | _CLONE_NEWNS
-    try:
-        unshare(flags)
-    except PermissionError:
-        unshare(flags | _CLONE_NEWUSER)
-        return "network, ipc, uts, mount, user"
-    return "network, ipc, uts, mount"
+def _leave_namespaces(more: int) -> str:
+    """Root just leaves them; others only into a user namespace, where the kernel lets everybody make one."""
+    unshare(_CLONE_NEWNET | _CLONE_NEWIPC | _CLONE_NEWUTS | _CLONE_NEWNS | more)
+    return "network, ipc, uts, mount" + (", user" if more else "")
 
 
 def _become_nobody() -> str:

@@ -27,6 +27,8 @@ REFUSED: Final = 1
 """The guest's fault: class, message and hint follow."""
 STORAGE_FAILED: Final = 2
 """The number of an error that `BlockService` has follows."""
+CONTENT: Final = 3
+"""So many bytes of a file follow, behind the message: they are not copied into one."""
 
 ERRORS: Final[dict[str, type[GuestError]]] = {
     error.__name__: error for error in (GuestDamaged, GuestLocked, GuestNotFound, GuestUnsupported, GuestWrongKind)

@@ -69,17 +69,13 @@ def unpack(body: bytes | bytearray) -> object:
 def receive_exactly(connection: socket.socket, length: int) -> bytearray:
     """So many bytes of a blocking socket; Closed if it ends before."""
     data = bytearray(length)
-    receive_into(connection, memoryview(data))
-    return data
-
-
-def receive_into(connection: socket.socket, view: memoryview) -> None:
-    """Fill a buffer from a blocking socket; Closed if it ends before."""
+    view = memoryview(data)
     while view:
         count = connection.recv_into(view)
         if not count:
             raise Closed
         view = view[count:]
+    return data
 
 
 def receive(connection: socket.socket) -> object:

@@ -59,11 +59,14 @@ class ZygoteLauncher:
         self._start_s = start_s
         self._lock = Lock()
         self._zygote: _Zygote | None = None
+        self._is_closed = False
 
     def launch(self) -> Launched:
         """A new worker, forked by the zygote."""
         with self._lock:
             for _ in range(2):
+                if self._is_closed:
+                    raise GuestReaderFailed("readers of guests were closed")
                 try:
                     zygote = self._zygote = self._zygote or _Zygote(self._start_s)
                     return self._fork(zygote)
@@ -75,6 +78,7 @@ class ZygoteLauncher:
     def close(self) -> None:
         """End the zygote, and every worker with it."""
         with self._lock:
+            self._is_closed = True
             self._drop()
 
     def _drop(self) -> None:

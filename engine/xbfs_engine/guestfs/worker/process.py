@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, Generic, TypeVar
 from xbfs_engine.guestfs.worker import replies
 from xbfs_engine.guestfs.worker.blocks import BlockService, BusyTime
 from xbfs_engine.guestfs.worker.confine import Confinement
-from xbfs_engine.guestfs.worker.forms import DONE, REFUSED, STORAGE_FAILED
+from xbfs_engine.guestfs.worker.forms import CONTENT, DONE, REFUSED, STORAGE_FAILED
 from xbfs_engine.guestfs.worker.frames import HEADER_BYTES, BadMessage, body_bytes, pack, unpack
 
 if TYPE_CHECKING:
@@ -122,6 +122,8 @@ class WorkerProcess:
                 status, answer = replies.answer(self._receive(request.limit_s))
                 if status == DONE:
                     return request.decode(answer)
+                if status == CONTENT:
+                    return request.decode(self._content(request, replies.number(answer)))
                 failed = self._failed(status, answer)
             except WorkerLost as lost:
                 lost.key = request.key
@@ -135,6 +137,12 @@ class WorkerProcess:
                 self.end()
                 raise
         raise failed
+
+    def _content(self, request: Request[_T], length: int) -> bytes:
+        """What comes behind an answer; nothing is allocated that was not asked for."""
+        if length > request.length:
+            raise BadMessage("more content than was asked for")
+        return bytes(self._receive_exactly(length, request.limit_s))
 
     def _failed(self, status: int, answer: object) -> XbfsError:
         if status == REFUSED:

@@ -23,7 +23,7 @@ from xbfs_engine.guestfs.worker.codes import (
     code_xattrs,
 )
 from xbfs_engine.guestfs.worker.confine import confine
-from xbfs_engine.guestfs.worker.forms import DONE, REFUSED, STORAGE_FAILED
+from xbfs_engine.guestfs.worker.forms import CONTENT, DONE, REFUSED, STORAGE_FAILED
 from xbfs_engine.guestfs.worker.frames import Closed, pack, receive
 
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ _ANSWERS: Final[dict[str, Callable[[GuestReading, str, NodeId, int, bytes], obje
     "xattrs": lambda guest, volume, node, number, name: code_xattrs(guest.xattrs(volume, node)),
 }
 
+_SENSELESS: Final = "the reader can not make sense of it: "
+_NO_MEMORY: Final = (REFUSED, code_error(GuestDamaged(_SENSELESS + MemoryError.__name__)))
+"""Made before memory runs out."""
+
 
 def serve(control: socket.socket, blocks: socket.socket) -> None:
     """Answer requests until the other side is gone."""
@@ -60,24 +64,30 @@ def serve(control: socket.socket, blocks: socket.socket) -> None:
             request = receive(control)
         except Closed:
             return
-        control.sendall(_answer(guest, cast("tuple[str, str, bytes, int, int, bytes]", request)))
+        for part in _answer(guest, cast("tuple[str, str, bytes, int, int, bytes]", request)):
+            control.sendall(part)
 
 
-def _answer(guest: GuestReading, request: tuple[str, str, bytes, int, int, bytes]) -> bytes:
+def _answer(guest: GuestReading, request: tuple[str, str, bytes, int, int, bytes]) -> tuple[bytes, ...]:
     """A reply to any request; what a reader trips over unforeseen is damage of what it read."""
     kind, volume, node, number, length, name = request
     try:
         if kind == "read":
-            return pack((DONE, guest.read(volume, NodeId(node), number, length)))
-        return pack((DONE, _ANSWERS[kind](guest, volume, NodeId(node), number, name)))
+            content = guest.read(volume, NodeId(node), number, length)
+            return pack((CONTENT, len(content))), content
+        return (pack((DONE, _ANSWERS[kind](guest, volume, NodeId(node), number, name))),)
     except StorageFailed as error:
-        return pack((STORAGE_FAILED, error.number))
+        reply: tuple[int, object] = (STORAGE_FAILED, error.number)
     except GuestError as error:
-        return pack((REFUSED, code_error(error)))
+        reply = (REFUSED, code_error(error))
     except XbfsError as error:
-        return pack((REFUSED, code_error(GuestDamaged(error.message, hint=error.hint))))
+        reply = (REFUSED, code_error(GuestDamaged(error.message, hint=error.hint)))
+    except MemoryError:
+        reply = _NO_MEMORY
     except Exception as error:  # noqa: BLE001 - whatever it is, the next request may well be answered
-        return pack((REFUSED, code_error(GuestDamaged(f"the reader can not make sense of it: {_named(error)}"))))
+        reply = (REFUSED, code_error(GuestDamaged(_SENSELESS + _named(error))))
+    # Out here nothing is held any more that the failed reader had made.
+    return (pack(reply),)
 
 
 def _named(error: Exception) -> str:
