@@ -11,6 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from xbfs_engine.core.errors import GuestError, GuestLocked, GuestNotFound, GuestUnsupported
+from xbfs_engine.guestfs.explorer.btrfs import BtrfsVolume
 from xbfs_engine.guestfs.filesystems import open_filesystem
 from xbfs_engine.guestfs.guest import (
     PAGE_ENTRIES_MAX,
@@ -128,6 +129,14 @@ class GuestReading:
                         f"the file has more than {XATTRS_MAX} attributes or {XATTRS_BYTES_MAX} bytes"
                     )
             return found
+
+    def subvolume(self, volume: str, number: int) -> NodeId:
+        """The topmost directory of a btrfs' subvolume; 0 is the one that is mounted when none is named."""
+        with self._lock:
+            filesystem = self._filesystem(volume)
+            if not isinstance(filesystem, BtrfsVolume):
+                raise GuestUnsupported(f"volume {volume} has no subvolumes")
+            return filesystem.subvolume(number) if number else filesystem.default_subvolume
 
     def _filesystem(self, name: str) -> GuestFilesystem:
         """The opened filesystem. What could not be opened once is not tried again, unless that may help."""
