@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ IMAGES = ROOT / ".cache" / "images"
 TIME_SCALE = 0.05
 """Delays of the pool last a twentieth of the real ones."""
 GIB = 1 << 30
+PARTITION_START = 1 << 20
+"""Where the only partition of the guests' disks begins."""
 
 
 def say(text: str) -> None:
@@ -190,14 +192,40 @@ def look() -> Path:
     return older
 
 
+def find_a_file(older: Path) -> None:
+    """Find a file that the guest has deleted since, and copy it back."""
+    say("7. A file is gone from web. It is found by name in all points, and copied back from the older one")
+    show("xbfs", "index", "web", "--all", "-q")
+    latest = older.parent / "latest"
+    show("sh", "-c", f"xbfs diff {older} {latest} --files | grep '^- f' | head -4")
+    gone = json.loads(
+        subprocess.run(
+            ["xbfs", "diff", older, latest, "--files", "--json"], capture_output=True, text=True, check=True
+        ).stdout
+    )
+    path = next(
+        PurePosixPath(one["path"])
+        for one in gone["files"]
+        if one["change"] == "removed" and one["old"]["type"] == "f" and one["old"]["size_bytes"] > 0
+    )
+    show("xbfs", "find", path.name, "web")
+    show("cat", older / "files" / "0p1.json")
+    show("cp", "-a", older / "files" / "0p1" / path.relative_to("/"), ".")
+    show("ls", "-l", path.name)
+    first = IMAGES / "small" / "gen1.raw"
+    show("debugfs", "-R", f"dump {path} as-it-was", f"{first}?offset={PARTITION_START}")
+    show("cmp", path.name, "as-it-was")
+    remark("the copy is the file as another reader of ext4 takes it from the disk before the change")
+
+
 def bring_back(pool: Pool, older: Path, work: Path) -> None:
     """Restore as a new VM; rewind the old one in place."""
     images = IMAGES / "small"
-    say("7. The older point becomes a new VM on the pool, beside the one that runs")
+    say("8. The older point becomes a new VM on the pool, beside the one that runs")
     show("xbfs", "restore", older, "--pool", "lab", "--sr", "nfs", "--as", "web-before", "--start")
     same(pool, "web-before", images / "gen1.raw", work / "disk")
 
-    say("8. web itself goes back in place: only what differs is written, after a safety point")
+    say("9. web itself goes back in place: only what differs is written, after a safety point")
     show("xbfs", "rewind", "web", "--to", older, "--pool", "lab", "--dry-run")
     show("xbfs", "rewind", "web", "--to", older, "--pool", "lab", "--stop", "--start")
     same(pool, "web", images / "gen1.raw", work / "disk")
@@ -205,7 +233,7 @@ def bring_back(pool: Pool, older: Path, work: Path) -> None:
 
 def survive(pool: Pool) -> None:
     """Kill a backup in the middle, and sweep."""
-    say("9. A backup is killed (kill -9) while its snapshot exists; a sweep takes away what it left, and nothing else")
+    say("10. A backup is killed (kill -9) while its snapshot exists; a sweep takes away what it left, and nothing else")
     fault = pool.do("fault", point="VDI.list_changed_blocks", effect="hold")
     print("  $ xbfs backup vm web --pool lab &", flush=True)
     with subprocess.Popen(
@@ -237,9 +265,10 @@ def main() -> None:
         stack.callback(lambda: subprocess.run(["xbfs", "umount", work / "mnt"], capture_output=True, check=False))
         back_up(pool)
         older = look()
+        find_a_file(older)
         bring_back(pool, older, work)
         survive(pool)
-        say("10. Everything stored is read and authenticated")
+        say("11. Everything stored is read and authenticated")
         show("xbfs", "verify")
         show("xbfs", "points")
         stored = subprocess.run(["du", "-sh", "repository"], capture_output=True, text=True, check=True).stdout.split()[
