@@ -15,7 +15,6 @@ from tests.support.fake_guest import walk_tree
 from tests.support.guest_sources import SparseSource
 from tests.support.linux_images import why_not
 from xbfs_engine.core.runtime import SystemClock
-from xbfs_engine.guestfs.explorer.btrfs import BtrfsVolume
 from xbfs_engine.guestfs.reading import GuestReading
 from xbfs_engine.guestfs.tree.fstab import parse_fstab
 from xbfs_engine.guestfs.volumes import Disk
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from xbfs_engine.guestfs.base import NodeId
 
 MIB = 1 << 20
 SIZES_MIB = {"root": 40, "boot": 24, "pool": 120}
@@ -43,15 +41,6 @@ LABEL=xbfs-pool /mnt/default auto defaults
 tmpfs         none       swap sw
 LABEL=no\\033where /mnt/nowhere ext4 nofail
 """
-
-
-class Subvolumes(GuestReading):
-    """A guest that tells subvolumes by number."""
-
-    def subvolume(self, volume: str, number: int) -> NodeId:
-        filesystem = self._filesystem(volume)
-        assert isinstance(filesystem, BtrfsVolume)
-        return filesystem.subvolume(number) if number else filesystem.default_subvolume
 
 
 class Disks(NamedTuple):
@@ -138,8 +127,8 @@ def fill(devices: dict[str, str], uuids: dict[str, str], folder: Path) -> None:
         (top / "top").write_text("top")
 
 
-def guest_of(disks: Disks) -> Subvolumes:
-    return Subvolumes([Disk(str(number), SparseSource.of_file(path)) for number, path in enumerate(disks.paths)])
+def guest_of(disks: Disks) -> GuestReading:
+    return GuestReading([Disk(str(number), SparseSource.of_file(path)) for number, path in enumerate(disks.paths)])
 
 
 def test_the_tree_is_what_mount_makes_of_it(disks: Disks, tmp_path: Path) -> None:
