@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from xbfs import __version__
 from xbfs.cli.backup_vm_parsers import add_backup_vm
+from xbfs.cli.get_parsers import add_get
 from xbfs.cli.index_parsers import add_diff_files, add_file_index
 from xbfs.cli.restore_parsers import add_restore
 from xbfs.cli.rewind_parsers import add_rewind
@@ -61,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(verbs)
     _add_mount(verbs)
     add_unlock(verbs)
+    add_get(verbs)
     add_file_index(verbs)
     add_restore(verbs)
     add_rewind(verbs)
