@@ -18,7 +18,7 @@ import trio
 
 from xbfs.vfs import inodes
 from xbfs.vfs.gate import Gate
-from xbfs.vfs.guests.disks import PatientDisk
+from xbfs.vfs.guests.disks import PooledDisk
 from xbfs.vfs.guests.views import GuestOptions, GuestViews
 from xbfs.vfs.handles import ImageHandle
 from xbfs.vfs.images import DiskImage, ImageFormat, open_image
@@ -100,6 +100,9 @@ class FileSystem:
         self._nodes = NodeStore(reader)
         self._cache = ChunkCache(reader, options.cache_bytes)
         self._pool = ReadPool()
+        # Its threads wait for guests' readers, which wait for reads of disks: those must find threads elsewhere.
+        self._guest_pool = ReadPool()
+        self._token = trio.lowlevel.current_trio_token()
         self._images: WeakValueDictionary[int, DiskImage] = WeakValueDictionary()
         self._seen: deque[tuple[str, str]] = deque(maxlen=PROBLEMS_MAX)
         self._problems_lock = threading.Lock()
@@ -111,7 +114,7 @@ class FileSystem:
         self._open_guest = guests.open
         self.guests = GuestViews(
             self._guest,
-            self._pool,
+            self._guest_pool,
             options.guests,
             for_others=options.for_others,
             deadline_s=options.deadline_s,
@@ -196,10 +199,13 @@ class FileSystem:
 
     async def tend(self) -> None:
         """Keep the deadlines of reads, for as long as the mount is served."""
-        await self._pool.tend()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._guest_pool.tend)
+            await self._pool.tend()
 
     def close(self) -> None:
-        """End the threads; blocks for a second at most."""
+        """End the threads; blocks for two seconds at most."""
+        self._guest_pool.close()
         self._pool.close()
 
     def _load(self, before: Points) -> Points | None:
@@ -213,7 +219,7 @@ class FileSystem:
         disks: list[Disk] = []
         for disk in sorted(shown.point.disks, key=lambda disk: disk.number):
             image = open_image(shown.point, disk, ImageFormat.RAW, self._nodes, self._cache)
-            source = PatientDisk(image, self._pool, timeout_s=self.options.deadline_s)
+            source = PooledDisk(image, self._pool, self._token, timeout_s=self.options.deadline_s)
             disks.append(Disk(str(disk.number), source))
         return self._open_guest(shown.path, disks, keys)
 

@@ -1,14 +1,16 @@
 """The disks of a restore point as the reader of its guest asks for them: through the mount's cache, read ahead.
 
-One thread at a time reads a disk; it may wait as long as the mount lets a read of the storage wait.
+One thread at a time reads a disk. What is not in memory is read by the pool, so a storage that hangs costs its
+deadline, and then that thread is free for the next request.
 """
 
 from __future__ import annotations
 
-import threading
+from functools import partial
 from typing import TYPE_CHECKING
 
-from xbfs.vfs.gate import Parked
+import trio
+
 from xbfs.vfs.handles import ReadAhead
 from xbfs_engine.core.errors import SourceUnreadable, StorageTimeout
 
@@ -17,12 +19,17 @@ if TYPE_CHECKING:
     from xbfs.vfs.pool import ReadPool
 
 
-class PatientDisk:
-    """A BlockSource over the raw image of a disk. ``timeout_s`` bounds a read."""
+class PooledDisk:
+    """A BlockSource over the raw image of a disk; for threads that are not the event loop's (``token``).
 
-    def __init__(self, image: DiskImage, pool: ReadPool, *, timeout_s: float) -> None:
+    ``timeout_s`` bounds a read.
+    """
+
+    def __init__(self, image: DiskImage, pool: ReadPool, token: trio.lowlevel.TrioToken, *, timeout_s: float) -> None:
         self._access = image.access
         self._ahead = ReadAhead(image, pool)
+        self._pool = pool
+        self._token = token
         self._timeout_s = timeout_s
 
     @property
@@ -35,11 +42,11 @@ class PatientDisk:
         if offset < 0 or length < 0 or offset + length > self.size_bytes:
             raise SourceUnreadable(f"{length} bytes at {offset} are not within the disk's {self.size_bytes}")
         self._ahead.notice(offset, length)
-        while True:
-            try:
-                return self._access.read_at(offset, length)
-            except Parked as exc:
-                resumed = threading.Event()
-                exc.park(resumed.set)
-                if not resumed.wait(self._timeout_s):
-                    raise StorageTimeout(exc.message) from exc
+        cached = self._access.read_cached(offset, length)
+        if cached is not None:
+            return bytes(cached)
+        read = partial(self._access.read_at, offset, length)
+        try:
+            return trio.from_thread.run(self._pool.run, read, self._timeout_s, trio_token=self._token)
+        except (trio.RunFinishedError, trio.Cancelled) as exc:
+            raise StorageTimeout("the mount ends") from exc

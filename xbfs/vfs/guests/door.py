@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-INSIDE_MAX: Final = 16
-"""Threads in one guest at once: the kernel reads ahead with twelve requests (fuse, max_background)."""
+INSIDE_MAX: Final = 8
+"""Threads in one guest at once."""
 
 
 class DoorShut(Parked):
