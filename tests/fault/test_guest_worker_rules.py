@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.guest_workers import eventually
+from tests.support.runtime import FixedClock
 from tests.support.volume_images import BytesSource
 from xbfs_engine.core.errors import GuestDamaged, GuestReaderFailed
 from xbfs_engine.core.runtime import SystemClock
 from xbfs_engine.guestfs.base import NodeId
 from xbfs_engine.guestfs.volumes import Disk
 from xbfs_engine.guestfs.worker import server
-from xbfs_engine.guestfs.worker.blocks import BlockCache, RemoteSource
+from xbfs_engine.guestfs.worker.blocks import BlockCache, BusyTime, RemoteSource
 from xbfs_engine.guestfs.worker.client import GuestWorkers
 from xbfs_engine.guestfs.worker.forms import CONTENT, DONE, REFUSED, STORAGE_FAILED
 from xbfs_engine.guestfs.worker.frames import Closed, pack, receive, unpack
 from xbfs_engine.guestfs.worker.launcher import Launched
 from xbfs_engine.guestfs.worker.limits import Limits
+from xbfs_engine.guestfs.worker.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,8 +40,6 @@ SOUND = {
     "info": ("xfs", "", "", 1 << 20, "clean", ""),
     "root": b"root",
 }
-
-Script = "Callable[[socket.socket, socket.socket], None]"
 
 
 class FakeLauncher:
@@ -264,3 +264,47 @@ def test_a_disk_comes_in_the_blocks_that_were_asked_for() -> None:
         for offset, length in ((-1, 1), (0, len(data) + 1), (len(data), 1), (5, -1)):
             with pytest.raises(GuestDamaged):
                 source.read_at(offset, length)
+
+
+def test_turns_come_in_the_order_in_which_they_were_asked_for() -> None:
+    turns = Turns()
+    assert turns.take(1)
+    came: list[int] = []
+
+    def wait(number: int) -> None:
+        if turns.take(0.01 if number == 2 else 10):
+            came.append(number)
+            turns.give()
+
+    threads = [threading.Thread(target=wait, args=(number,)) for number in range(5)]
+    for number, thread in enumerate(threads):
+        thread.start()
+        queued = number + 1 - (number > 2)
+        if number == 2:
+            thread.join()
+        else:
+            eventually(lambda queued=queued: len(turns._waiting) == queued)  # type: ignore[misc]
+    turns.give()
+    for thread in threads:
+        thread.join()
+    assert came == [0, 1, 3, 4]
+    assert turns.take(0)
+
+
+def test_only_the_workers_own_time_counts() -> None:
+    clock = FixedClock()
+    busy = BusyTime(clock)
+    busy.serving()
+    clock.advance(5)
+    busy.begin()
+    clock.advance(1)
+    busy.served()
+    clock.advance(2)
+    busy.serving()
+    clock.advance(4)
+    assert busy.spent_s() == (2, 7)
+    busy.served()
+    clock.advance(1)
+    assert busy.spent_s() == (3, 8)
+    busy.begin()
+    assert busy.spent_s() == (0, 0)
