@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections import Counter
 from collections.abc import Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -36,6 +37,8 @@ SETTLED_S: Final = 24 * 3600.0
 """How long the kernel may keep what never changes; what goes away is taken from it explicitly."""
 CHANGING_S: Final = 1.0
 _KEPT_S: Final = {Lasting.FOR_EVER: SETTLED_S, Lasting.BRIEFLY: CHANGING_S, Lasting.UNKNOWN: 0.0}
+_HARDLY_ANY: Final = frozenset((b"security.selinux", b"system.posix_acl_access", b"system.posix_acl_default"))
+_IN_VAIN_MAX: Final = 256
 _BLOCK: Final = 512
 _STATFS_BLOCK: Final = 4096
 _READ_SIZE: Final = 1 << 20
@@ -59,6 +62,7 @@ class Operations(pyfuse3.Operations):
         self._modes = {kind: mode | (_FOR_OTHERS[kind] if for_others else 0) for kind, mode in _TYPES.items()}
         self._uid, self._gid = os.getuid(), os.getgid()
         self._numbers = count(1)
+        self._asker: tuple[int, Counter[bytes]] = (0, Counter())
         self._directories: dict[int, Sequence[Entry] | Listing] = {}
 
     @guarded
@@ -177,6 +181,8 @@ class Operations(pyfuse3.Operations):
         place = self._filesystem.place(inode)
         if place is not None:
             found = await self._guests.xattr(place, name, is_root=ctx.uid == 0)
+            if name in _HARDLY_ANY and isinstance(place, Node):
+                self._check_asker(ctx.pid, name, has_one=found is not None)
             if found is not None:
                 return found
         value = self._tree.extended(inode).get(os.fsdecode(name))
@@ -191,6 +197,17 @@ class Operations(pyfuse3.Operations):
         if place is not None:
             return await self._guests.xattr_names(place, is_root=ctx.uid == 0)
         return [os.fsencode(name) for name in self._tree.extended(inode)]
+
+    def _check_asker(self, pid: int, name: bytes, *, has_one: bool) -> None:
+        """`ls -l` asks every file for attributes that hardly any has, a minute for 100,000 files, unless it is told
+        that they are not supported. So it is, once many files in a row had none; programs that copy take that for
+        "has none", and still get those there are."""
+        if self._asker[0] != pid:
+            self._asker = (pid, Counter())
+        in_vain = self._asker[1]
+        in_vain[name] = 0 if has_one else in_vain[name] + 1
+        if in_vain[name] > _IN_VAIN_MAX:
+            raise FUSEError(errno.EOPNOTSUPP)
 
     def _entered(self, found: tuple[VolumeText | Node, GuestAttributes]) -> EntryAttributes:
         """The answer to a lookup: from here on the kernel knows the place."""

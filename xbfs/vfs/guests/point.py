@@ -237,6 +237,10 @@ class PointGuest:
                 self._xattrs = {**kept, place: found}
         return found
 
+    def xattrs_known(self, spot: Spot) -> dict[bytes, bytes] | None:
+        """``xattrs``, if they were asked for a moment ago. Never blocks."""
+        return self._xattrs.get(spot)
+
     def _root_id(self, volume: str) -> NodeId:
         found = self._root_ids.get(volume)
         if found is None:

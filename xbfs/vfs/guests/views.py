@@ -252,7 +252,8 @@ class GuestViews:
         if name == TARGET and place.kind is Kind.SYMLINK:
             links = Links(guest, place.volume.view, None)
             return await self._ask(place, partial(links.raw, Spot(volume, place.node)))
-        return (await self._ask(place, partial(_xattrs, place))).get(name)
+        known = guest.xattrs_known(Spot(volume, place.node))
+        return (await self._ask(place, partial(_xattrs, place)) if known is None else known).get(name)
 
     async def ask(self, place: Place, call: Callable[[], T], name: bytes = b"") -> T:
         """Have a guest asked in a thread. What goes wrong is told to ``failed``."""
