@@ -321,16 +321,20 @@ def test_a_flush_between_the_mark_of_a_unit_and_the_acknowledgement_has_its_data
 
 
 @pytest.mark.parametrize("size", [5 * UNIT, SIZE_MAX])
-def test_a_header_that_is_torn_wherever_the_power_goes_can_be_read(size: int) -> None:
-    """Twice: what the first cut left must not be all that the second one harms."""
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_header_that_is_torn_wherever_the_power_goes_can_be_read(size: int, is_killed: bool) -> None:
+    """After a cut or a kill at any place: what that left must not be all that the next cut harms."""
     for first, second in product(range(9), range(9)):
         guest = Guest(random.Random(1))
         guest.live(["write", "flush"])
-        for left, wanted in ((first, size), (second, SIZE - UNIT)):
-            guest.files.header.tears = 1.0
+        guest.files.header.tears = 1.0
+        for left, wanted, is_kill in ((first, size, is_killed), (second, SIZE - UNIT, False)):
             guest.power.left = left
             with suppress(PowerCut):
                 guest.overlay = guest.overlay or resume(guest.files, BASE, identity=b"i")
                 guest.overlay.resize(wanted)
-            guest.lose_power(header=1.0)
+            if is_kill:
+                guest.die()
+            else:
+                guest.lose_power(header=1.0)
         assert resume(guest.files, BASE, identity=b"i").size_bytes in (SIZE, size, SIZE - UNIT)

@@ -117,6 +117,22 @@ def test_pages_go_when_they_can_and_only_then() -> None:
         assert states.states(0, 2) == bytes([DATA, ABSENT])
 
 
+def test_pages_that_are_on_their_way_to_the_file_stay_until_they_are_there() -> None:
+    with map_file() as file:
+        states = UnitMap(file, pages_max=4)
+        states.mark(0, 1, DATA)
+        pages = states.taken()
+        for page in range(1, 8):
+            states.states(page * PAGE_UNITS, page * PAGE_UNITS + 1)
+        assert states.states(0, 1) == bytes([DATA])
+        states.write(pages)
+        states.kept()
+        for page in range(1, 8):
+            states.states(page * PAGE_UNITS, page * PAGE_UNITS + 1)
+        assert states.states_cached(0, 1) is None
+        assert states.states(0, 1) == bytes([DATA])
+
+
 def test_a_page_that_came_and_went_while_it_was_read_is_read_again() -> None:
     """A reader is held between the file and the memory; meanwhile the page is marked, flushed and leaves."""
     with map_file() as file:
