@@ -173,3 +173,38 @@ def test_copies_are_true(guests: Mounted, tmp_path_factory: pytest.TempPathFacto
             }
 
         assert first_difference(told(target / top), told(root / top)) == ""
+
+
+def test_inode_numbers_are_the_same_after_a_remount(tmp_path: Path) -> None:
+    def numbers(mount: Mounted) -> dict[str, int]:
+        top = files(mount).parent
+        return {str(path.relative_to(top)): path.lstat().st_ino for path in top.rglob("*")}
+
+    mount = guest_mount(tmp_path, guest_golden.image("ext4"))
+    with mount:
+        before = numbers(mount)
+    with mount:
+        # Looked at in another order.
+        for path in sorted(before, reverse=True)[:50]:
+            (files(mount).parent / path).lstat()
+        assert numbers(mount) == before
+    assert all(0 < number < 1 << 63 for number in before.values())
+
+
+def test_who_asks_many_files_in_vain_is_told_to_stop_but_gets_what_there_is(guests: Mounted) -> None:
+    root = files(guests) / "0"
+    plain = sorted((root / "dir300").iterdir())
+    told = []
+    for path in plain:
+        with pytest.raises(OSError) as failure:
+            os.getxattr(path, "security.selinux")
+        told.append(failure.value.errno)
+    assert set(told[:256]) == {errno.ENODATA}
+    assert set(told[256:]) == {errno.EOPNOTSUPP}
+    facts = FACTS[0]()
+    name = "system.posix_acl_access"
+    path = next(path for path, fact in facts.items() if name in fact.xattrs)
+    for other in plain:
+        with pytest.raises(OSError):
+            os.getxattr(other, name)
+    assert os.getxattr(root / path, name)
