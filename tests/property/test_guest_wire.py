@@ -51,7 +51,7 @@ stats = st.builds(
 volume_names = words.filter(lambda name: is_name(name.encode()))
 rows = st.builds(
     VolumeRow, volume_names, words, words, words, sizes, words, st.lists(words, max_size=3).map(tuple),
-    st.sampled_from(VolumeStatus), words,
+    st.sampled_from(VolumeStatus), words, words, words, sizes, words,
 )  # fmt: skip
 volume_rows = st.builds(
     VolumeRows,

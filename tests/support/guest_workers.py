@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -109,10 +110,19 @@ def send(pid: int, signal: int) -> None:
     os.kill(pid, signal)
 
 
+def partitioned(content: bytes) -> bytes:
+    """A disk with an MBR of one FAT partition."""
+    entry = struct.pack("<8B2I", 0, 0, 0, 0, 0x0C, 0, 0, 0, 2048, len(content) // 512)
+    table = bytes(440) + struct.pack("<IH", 0x12345678, 0) + entry + bytes(48) + b"\x55\xaa"
+    return table.ljust(1 << 20, b"\0") + content
+
+
 def golden_guest() -> list[Disk]:
     """Disks with every kind of filesystem and of volume."""
     disks = [Disk(str(number), guest_golden.image(name)) for number, name in enumerate(guest_golden.NAMES)]
     disks += [Disk(f"x{name}", xfs_golden.image(name)) for name in ("v4", "v5", "dirty")]
+    inside = guest_golden.image("fat")
+    disks.append(Disk("p", BytesSource(partitioned(inside.read_at(0, inside.size_bytes)))))
     return [*disks, *(Disk(f"l{number}", BytesSource(data)) for number, data in golden_disks("lvm").items())]
 
 

@@ -54,7 +54,8 @@ def code_volumes(volumes: VolumeRows) -> object:
     rows = [
         (
             row.name, clean(row.kind), clean(row.label), clean(row.uuid), row.size_bytes, clean(row.place),
-            [clean(kind) for kind in row.within], row.status.value, clean(row.reason),
+            [clean(kind) for kind in row.within], row.status.value, clean(row.reason), clean(row.part_uuid),
+            clean(row.part_label), row.part_start_bytes, clean(row.crypt_uuid),
         )
         for row in volumes.rows
     ]  # fmt: skip

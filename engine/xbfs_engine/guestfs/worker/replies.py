@@ -85,13 +85,17 @@ def volumes(value: object) -> VolumeRows:
 
 
 def _row(value: object) -> VolumeRow:
-    name, kind, label, uuid, size_bytes, place, within, status, reason = _fields(value, 9)
+    (
+        name, kind, label, uuid, size_bytes, place, within, status, reason,
+        part_uuid, part_label, part_start_bytes, crypt_uuid,
+    ) = _fields(value, len(VolumeRow._fields))  # fmt: skip
     encoded = _text(name).encode()
     if not is_name(encoded) or len(encoded) > _VOLUME_NAME_BYTES_MAX:
         raise BadMessage("a volume with a name that is none")
     return VolumeRow(
         _text(name), _text(kind), _text(label), _text(uuid), number(size_bytes), _text(place),
-        _texts(within, _WITHIN_MAX), _member(_STATUSES, status), _text(reason),
+        _texts(within, _WITHIN_MAX), _member(_STATUSES, status), _text(reason), _text(part_uuid),
+        _text(part_label), number(part_start_bytes), _text(crypt_uuid),
     )  # fmt: skip
 
 
