@@ -156,6 +156,21 @@ def test_an_error_of_the_storage_during_the_search_is_not_remembered_when_it_may
     assert lab.launcher.launched == 1
 
 
+def test_a_disk_of_which_nothing_is_known_costs_no_process(lab: Lab) -> None:
+    class Gone:
+        @property
+        def size_bytes(self) -> int:
+            raise StorageUnavailable("gone for now")
+
+        def read_at(self, offset: int, length: int) -> bytes:
+            raise AssertionError
+
+    with pytest.raises(StorageUnavailable):
+        lab.workers.open("gone", [Disk("0", Gone())]).volumes()
+    assert lab.workers.live == 0
+    assert not lab.launcher.workers
+
+
 def test_a_bug_of_a_source_is_no_fault_of_the_worker(lab: Lab) -> None:
     def spring() -> None:
         raise KeyError("oops")

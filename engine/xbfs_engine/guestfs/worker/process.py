@@ -94,10 +94,10 @@ class WorkerProcess:
         self._end_words = ""
         self.opened: set[str] = set()
         """Volumes whose filesystem it has opened; the empty name stands for the search for volumes."""
-        self._blocks = BlockService(launched.blocks, disks, self._busy, one_at_a_time, ended)
         memory_bytes = limits.memory_bytes + (limits.unlock_memory_bytes if keys else 0)
-        sizes = [(disk.name, disk.source.size_bytes) for disk in disks]
         try:
+            self._blocks = BlockService(launched.blocks, disks, self._busy, one_at_a_time, ended)
+            sizes = [(disk.name, disk.source.size_bytes) for disk in disks]
             self._busy.begin()
             self._send(pack((sizes, [(key.secret, key.volume) for key in keys], memory_bytes)), limits.start_s)
             in_force, missing = replies.confinement(self._receive(limits.start_s))
