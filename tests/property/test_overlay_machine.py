@@ -102,15 +102,20 @@ class OverlayMachine(RuleBasedStateMachine):
         assert at == self.overlay.size_bytes == len(self.content)
 
     def teardown(self) -> None:
-        if hasattr(self, "overlay"):
-            assert self.overlay.read_at(0, 1 << 40) == self.content
-            changed = list(self.overlay.changed_extents())
-            assert changed == [r for r in self.overlay.regions(0, 1 << 40) if r.layer is not Layer.BASE]
-            in_data = sum(-(-r.length // UNIT) for r in changed if r.layer is Layer.DATA) * UNIT
-            assert self.overlay.data_bytes == in_data <= self.overlay.dirty_bytes
-            assert self.base.read_at(0, 1 << 40) == self.original
-            self.overlay.close()
-        shutil.rmtree(self.directory)
+        try:
+            if hasattr(self, "overlay"):
+                self.check_all()
+                self.overlay.close()
+        finally:
+            shutil.rmtree(self.directory)
+
+    def check_all(self) -> None:
+        assert self.overlay.read_at(0, 1 << 40) == self.content
+        changed = list(self.overlay.changed_extents())
+        assert changed == [r for r in self.overlay.regions(0, 1 << 40) if r.layer is not Layer.BASE]
+        in_data = sum(-(-r.length // UNIT) for r in changed if r.layer is Layer.DATA) * UNIT
+        assert self.overlay.data_bytes == in_data <= self.overlay.dirty_bytes
+        assert self.base.read_at(0, 1 << 40) == self.original
 
 
 TestOverlayMachine = OverlayMachine.TestCase
