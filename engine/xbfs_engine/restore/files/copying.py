@@ -76,6 +76,7 @@ class Copy:
         self._account = target.account
         self._feed = Feed(self._account, target.fatal)
         self._transfer: _Transfer | None = None
+        self._open: set[Place] = set()
         self.place = target.top
 
     def enter(self, item: Item, reader: Reader) -> None:
@@ -133,9 +134,8 @@ class Copy:
         if self._transfer is not None:
             with suppress(XbfsError):
                 self._transfer.give_up()
-        while self.place.above is not None:
-            self.place.close()
-            self.place = self.place.above
+        for place in self._open:
+            place.close()
 
     def _file(self, item: Item, stat: NodeStat, reader: Reader, transfer: _Transfer) -> None:
         extents: Iterator[FileExtent] = reader.extents(item, stat)
@@ -182,10 +182,16 @@ class Copy:
 
     def _do_enter(self, place: Place) -> None:
         assert place.above is not None
-        place.refused = True
-        if not place.above.refused:
+        # The thread that reads looks at ``refused`` at any time: it must not be true for a moment.
+        if place.above.refused:
+            place.refused = True
+            return
+        try:
+            self._open.add(place)
             self._target.enter(place)
-            place.refused = False
+        except BaseException:
+            place.refused = True
+            raise
 
     def _do_leave(self, place: Place) -> None:
         if not place.refused:
@@ -193,6 +199,7 @@ class Copy:
                 self._target.leave(place)
             finally:
                 place.close()
+                self._open.discard(place)
             self._account.totals.directories += 1
 
     def _do_link(self, above: Place, name: bytes, meta: Meta, first: Made, done: list[bool]) -> None:
@@ -242,11 +249,15 @@ class _Transfer:
 
     def begin(self, extents: Sequence[FileExtent]) -> None:
         """``extents``: all, or none."""
-        self.failed = True
-        if not self._above.refused:
-            has_holes = any(not extent.is_data for extent in extents)
+        if self._above.refused:
+            self.failed = True
+            return
+        has_holes = any(not extent.is_data for extent in extents)
+        try:
             self._writing = self._target.create(self._above, self._name, self._meta, extents if has_holes else None)
-            self.failed = False
+        except BaseException:
+            self.failed = True
+            raise
 
     def write(self, offset: int, data: bytes) -> None:
         """The next piece."""
@@ -254,7 +265,8 @@ class _Transfer:
             try:
                 self._writing.write(offset, data)
             except BaseException:
-                self.give_up()
+                with suppress(XbfsError):
+                    self.give_up()
                 raise
             self._totals.content_bytes += len(data)
 
@@ -265,7 +277,8 @@ class _Transfer:
         try:
             made = self._writing.commit()
         except BaseException:
-            self.give_up()
+            with suppress(XbfsError):
+                self.give_up()
             raise
         self._writing = None
         if self._linked is not None:

@@ -105,5 +105,5 @@ class Reader:
             self._account.lose(f"extended attributes, which can not be read: {exc.message}", item.path)
             return ()
         if any(xattr.name == _STREAMS for xattr in found):
-            self._account.lose("NTFS streams that are long or encrypted", item.path)
+            self._account.lose("NTFS streams that are long or encrypted: ask for them as FILE:STREAM", item.path)
         return found

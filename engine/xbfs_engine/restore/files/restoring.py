@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from xbfs_engine.restore.files.records import Account, Target
     from xbfs_engine.restore.files.view import Item
 
-SOURCES_MAX: Final = 1_000_000
-"""Matches whose names are remembered, at some 100 bytes each."""
+SOURCES_MAX: Final = 250_000
+"""Matches, which are remembered at some 300 bytes each; what is below them counts for nothing."""
 
 
 class Source(NamedTuple):
@@ -68,7 +68,7 @@ def restore_files(sources: Sequence[Source], target: Target, options: Options, l
     told = _Told(account, listener)
     found = [(source.guest, *_matches(source, account)) for source in sources]
     copy = Copy(target)
-    names: set[bytes] = set()
+    names: dict[bytes, tuple[str, bytes]] = {}
     links: dict[int, Links] = {}
     try:
         for guest, view, items in found:
@@ -95,7 +95,7 @@ def count_files(sources: Sequence[Source], account: Account, listener: Listener)
     """Count in ``account`` what `restore_files` would restore, without reading or writing any content."""
     told = _Told(account, listener)
     totals = account.totals
-    names: set[bytes] = set()
+    names: dict[bytes, tuple[str, bytes]] = {}
     found = [_matches(source, account) for source in sources]
     for view, items in found:
         links = Links(account)
@@ -159,14 +159,15 @@ def _matches(source: Source, account: Account) -> tuple[View, Iterator[Item]]:
     )
 
 
-def _unambiguous(items: Iterator[Item], names: set[bytes], account: Account) -> Iterator[Item]:
-    """Those whose name is their own; the others have failed."""
+def _unambiguous(items: Iterator[Item], names: dict[bytes, tuple[str, bytes]], account: Account) -> Iterator[Item]:
+    """Those whose name is their own, each once; the others have failed."""
     for item in items:
-        if item.name in names:
+        spot = names.get(item.name)
+        if spot is None:
+            if len(names) >= SOURCES_MAX:
+                raise GuestUnsupported(f"more than {SOURCES_MAX} files match", hint="ask for their directory")
+            names[item.name] = item.spot
+            yield item
+        elif spot != item.spot:
             shown = item.name.decode(errors="backslashreplace")
             account.fail(item.path, TargetExists(f"another file that was asked for is called {shown}, too"))
-        elif len(names) >= SOURCES_MAX:
-            raise GuestUnsupported(f"more than {SOURCES_MAX} files match", hint="ask for their directory")
-        else:
-            names.add(item.name)
-            yield item

@@ -74,21 +74,29 @@ def encoded(info: tarfile.TarInfo) -> bytes:
     return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
+def can_be_sparse(extents: Sequence[FileExtent]) -> bool:
+    """Whether each part but the last ends with a block: GNU tar begins a block for each one."""
+    return all(extent.offset % BLOCK == 0 for extent in extents)
+
+
 def sparse(info: tarfile.TarInfo, extents: Sequence[FileExtent]) -> bytes:
-    """Make it a file with holes; returns the map that comes before its data."""
+    """Make it a file with holes, if it `can_be_sparse`; returns the map that comes before its data."""
     data = [(extent.offset, extent.length) for extent in extents if extent.is_data]
     places = data if data and sum(data[-1]) == info.size else [*data, (info.size, 0)]
     numbers = [len(places), *(number for place in places for number in place)]
     described = padded(b"".join(b"%d\n" % number for number in numbers))
+    folder, _, last = info.name.rpartition("/")
+    substitute = f"{folder}/GNUSparseFile.0/{last}" if folder else f"GNUSparseFile.0/{last}"
+    # Of the two names, readers take the later one.
     info.pax_headers = {
         **info.pax_headers,
+        "path": substitute,
         "GNU.sparse.major": "1",
         "GNU.sparse.minor": "0",
         "GNU.sparse.name": info.name,
         "GNU.sparse.realsize": str(info.size),
     }
-    folder, _, last = info.name.rpartition("/")
-    info.name = f"{folder}/GNUSparseFile.0/{last}" if folder else f"GNUSparseFile.0/{last}"
+    info.name = substitute
     info.size = len(described) + sum(length for _, length in data)
     return described
 

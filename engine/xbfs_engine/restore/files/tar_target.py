@@ -124,9 +124,9 @@ class TarTarget:
         return tar_headers.member(path, meta, owner, self.account)
 
     def _flush(self) -> None:
-        self._output.write(self._gathered)
-        self._written += len(self._gathered)
-        self._gathered.clear()
+        data, self._gathered = self._gathered, bytearray()
+        self._output.write(data)
+        self._written += len(data)
 
 
 class _Member:
@@ -138,21 +138,31 @@ class _Member:
         self._target = target
         self._path = path
         self._start = target.position
-        described = b"" if extents is None else tar_headers.sparse(info, extents)
-        self._left = info.size - len(described)
+        self._size = info.size
+        self._end = 0
+        self._is_sparse = extents is not None and tar_headers.can_be_sparse(extents)
+        described = tar_headers.sparse(info, extents) if extents is not None and self._is_sparse else b""
         target.append(tar_headers.encoded(info))
         target.append(described)
 
     def write(self, offset: int, data: bytes) -> None:
-        """The next piece: holes have been told of."""
-        self._left -= len(data)
+        """The next piece."""
+        self._fill(offset)
         self._target.append(data)
+        self._end = offset + len(data)
 
     def commit(self) -> Made:
         """Fill its last block."""
-        assert self._left == 0
+        self._fill(self._size)
         self._target.append(bytes(-self._target.position % tar_headers.BLOCK))
         return Made(self._path, _NOWHERE)
+
+    def _fill(self, offset: int) -> None:
+        """Zeros up to there, unless the header has told of them."""
+        while not self._is_sparse and self._end < offset:
+            length = min(offset - self._end, _GATHERED_BYTES)
+            self._target.append(bytes(length))
+            self._end += length
 
     def abandon(self) -> None:
         """Take it back. Raises TargetUnwritable if that can not be: then the archive ends here."""
