@@ -168,3 +168,23 @@ def test_a_disk_without_anything_known_on_it(tmp_path: Path) -> None:
     with mount:
         assert [path.name for path in (point(mount) / "files").iterdir()] == ["0.json"]
         assert json.loads((point(mount) / "files/0.json").read_text())["reason"]
+
+
+def test_what_was_listed_once_is_listed_again_by_the_kernel_alone(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "many").mkdir(parents=True)
+    names = {f"file number {number}" for number in range(3000)}
+    for name in names:
+        (source / "many" / name).touch()
+    image = tmp_path / "image"
+    command = ["mke2fs", "-q", "-t", "ext4", "-N", "4096", "-d", source, image, "16M"]
+    subprocess.run(command, check=True, capture_output=True)
+    with guest_mount(tmp_path, SparseSource.of_file(image)) as mount:
+        folder = point(mount) / "files/0/many"
+        assert {path.name for path in folder.iterdir()} == names
+        (worker,) = workers(mount)
+        os.kill(worker, signal.SIGKILL)
+        while workers(mount):
+            time.sleep(0.02)
+        assert {path.name for path in folder.iterdir()} == names
+        assert not workers(mount), "a reader was started for what the kernel had"

@@ -150,3 +150,17 @@ def test_without_root_everything_but_the_own_user_is_in_force(here: Confinement)
     assert "user of the caller" in in_force
     assert {layer.split()[0] for layer in in_force} >= {"capabilities", "no", "limits"}
     assert [layer for layer in missing if not layer.startswith("namespaces")] == [*here.missing]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="others take no copy of the mounts")
+def test_a_worker_keeps_no_mount_busy(here: Confinement) -> None:
+    skip_without(here, "namespaces")
+    program = "\n".join([BEGIN, "confine(64 << 20, with_threads=False)", "os.write(1, b'.')", "os.read(0, 1)"])
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2] / "engine")}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", program], env=environment, stdin=pipe, stdout=pipe) as confined:
+        assert confined.stdin is not None
+        assert confined.stdout is not None
+        assert confined.stdout.read(1) == b"."
+        assert Path(f"/proc/{confined.pid}/mountinfo").read_bytes() == b""
+        confined.stdin.close()

@@ -6,13 +6,21 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from xbfs.vfs.handles import OpenFile
 
 
 class OpenFiles:
-    """Images and guests' files (``images``), and texts: files whose content was fixed when they were opened."""
+    """Images and guests' files (``images``), and texts: files whose content was fixed when they were opened.
+
+    ``open_settled`` opens a directory, by inode, that lists the same for ever; None if it is no such directory.
+    ``link_target`` is where one of the mount's own links leads; None if it is none of them.
+    """
 
     def __init__(self) -> None:
+        self.open_settled: Callable[[int], int | None] = lambda _: None
+        self.link_target: Callable[[int], bytes | None] = lambda _: None
         self._numbers = count(1)
         self.images: dict[int, OpenFile] = {}
         self.texts: dict[int, bytes] = {}

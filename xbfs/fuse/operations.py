@@ -64,6 +64,8 @@ class Operations(pyfuse3.Operations):
         self._numbers = count(1)
         self._asker: tuple[int, Counter[bytes]] = (0, Counter())
         self._directories: dict[int, Sequence[Entry] | Listing] = {}
+        files.open_settled = self._open_settled
+        files.link_target = self._link_target
 
     @guarded
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
@@ -136,6 +138,20 @@ class Operations(pyfuse3.Operations):
             self._directories[number] = self._guests.opendir(place)
         else:
             self._directories[number] = _there(self._tree.entries(inode))
+        return number
+
+    def _link_target(self, inode: int) -> bytes | None:
+        """Where a link that is no guest's leads. Any thread may call it."""
+        target = self._tree.target(inode)
+        return None if target is None else os.fsencode(target)
+
+    def _open_settled(self, inode: int) -> int | None:
+        """A directory of a volume, as ``opendir``; reads nothing. Any thread may call it."""
+        place = self._guests.places.get(inode)
+        if not isinstance(place, Node):
+            return None
+        number = next(self._numbers)
+        self._directories[number] = self._guests.opendir(place)
         return number
 
     @guarded

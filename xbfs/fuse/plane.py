@@ -1,9 +1,9 @@
 """The data plane: threads that read the FUSE device themselves and answer reads without any hop.
 
-Owns the device's threads and the requests that wait for storage. READ and LSEEK of open files are answered here, in
-the thread that took them from the kernel; everything else goes through a socket to libfuse, which takes that socket
-for the device, and its answers come back through ``pump``. The event loop's thread makes, starts and closes it; the
-rest runs in its own threads.
+Owns the device's threads and the requests that wait for storage. READ and LSEEK of open files, OPENDIR of directories
+that never change, and READLINK of our own links are answered here, in the thread that took them from the kernel; everything else goes
+through a socket to libfuse, which takes that socket for the device, and its answers come back through ``pump``. The
+event loop's thread makes, starts and closes it; the rest runs in its own threads.
 
 A thread that may have to wait first sees to it that another one listens, so requests that hang never stop those
 behind them, up to ``THREADS_MAX``. A request whose blob is known to hang is parked (``vfs.gate``) and holds no thread.
@@ -193,6 +193,18 @@ class DataPlane:
             if text is None:
                 return False
             self._answer(unique, (text[offset : offset + length],))
+        elif opcode == wire.READLINK:
+            # The kernel keeps no target, and `latest` is in the path of every file that `ls -l` asks about.
+            target = self._files.link_target(wire.IN_HEADER.unpack_from(request)[3])
+            if target is None:
+                return False
+            self._answer(unique, (target,))
+        elif opcode == wire.OPENDIR:
+            # pyfuse3 has no way to say that the kernel may keep a listing.
+            number = self._files.open_settled(wire.IN_HEADER.unpack_from(request)[3])
+            if number is None:
+                return False
+            self._answer(unique, (wire.OPEN_OUT.pack(number, wire.KEPT_LISTING, 0),))
         elif opcode == wire.INTERRUPT:
             # The kernel then sends no more of them. libfuse would wait for a request that it never sees.
             self._refuse(unique, errno.ENOSYS)

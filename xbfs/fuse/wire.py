@@ -17,10 +17,17 @@ READ_IN: Final = struct.Struct("=QQI")
 LSEEK_IN: Final = struct.Struct("=QQI")
 """File handle, offset, whence."""
 LSEEK_OUT: Final = struct.Struct("=Q")
+OPEN_OUT: Final = struct.Struct("=QII")
+"""File handle, flags, nothing."""
 
+READLINK: Final = 5
 READ: Final = 15
+OPENDIR: Final = 27
 INTERRUPT: Final = 36
 LSEEK: Final = 46
+
+KEPT_LISTING: Final = 1 << 1 | 1 << 3
+"""FOPEN_KEEP_CACHE and FOPEN_CACHE_DIR: the kernel keeps what a directory lists, also over its openings."""
 
 REQUEST_MAX: Final = (1 << 20) + 8192
 """Less is refused by read(2): room for a write of libfuse's max_write (1 MiB) with its headers, though none comes."""

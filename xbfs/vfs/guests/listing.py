@@ -1,15 +1,19 @@
 """Open directories of guests, listed as far as the kernel reads on. For the event loop's thread.
 
 The offset behind an entry is the reader's own cookie, so a listing goes on anywhere, at any opening, from the offset
-alone; one page is kept.
+alone. One page is kept, and the next one is fetched while the kernel takes this one: the reader is another process.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
+import trio
+
 from xbfs.vfs.guests.places import Top, View
+from xbfs_engine.core.errors import XbfsError
 from xbfs_engine.guestfs.base import Kind
 
 if TYPE_CHECKING:
@@ -63,6 +67,23 @@ class FilesListing:
         return listed()
 
 
+class _Page(NamedTuple):
+    """Entries behind an offset."""
+
+    offset: int
+    seen: list[Seen]
+    is_last: bool
+
+
+class _Ahead:
+    """A page that is being fetched; still None when it is ``there``: it could not be."""
+
+    def __init__(self, offset: int) -> None:
+        self.offset = offset
+        self.there = trio.Event()
+        self.page: _Page | None = None
+
+
 class GuestListing:
     """A directory of a volume, or `root/`."""
 
@@ -70,27 +91,47 @@ class GuestListing:
         self._views = views
         self._directory = directory
         self._above = views.above(directory)
-        self._page: list[Seen] = []
-        self._is_last = False
+        self._page = _Page(-1, [], is_last=False)
         self._numbers: dict[int, int] = {}
+        self._ahead: _Ahead | None = None
 
     async def after(self, offset: int) -> Iterator[Listed]:
         """Entries of one page."""
         number = self._numbers.get(offset)
-        if number is None or (number == len(self._page) and not self._is_last):
+        if number is None or (number == len(self._page.seen) and not self._page.is_last):
             number = 0
-            self._page, self._is_last = await self._views.ask(self._directory, partial(self._fetch, offset))
-            self._numbers = {seen.cookie: count for count, seen in enumerate(self._page, 1)} | {offset: 0}
+            page = self._page = await self._taken(offset) or await self._fetched(offset)
+            self._numbers = {seen.cookie: count for count, seen in enumerate(page.seen, 1)} | {offset: 0}
+            if page.seen and not page.is_last:
+                self._ahead = _Ahead(page.seen[-1].cookie)
+                trio.lowlevel.spawn_system_task(self._fetch_ahead, self._ahead)
         return self._listed(number)
 
+    async def _taken(self, offset: int) -> _Page | None:
+        """The page that was fetched ahead, if it is this one and there was no problem."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead.offset != offset:
+            return None
+        await ahead.there.wait()
+        return ahead.page
+
+    async def _fetch_ahead(self, ahead: _Ahead) -> None:
+        # Whoever reads on asks again, and is told what is wrong.
+        with suppress(XbfsError):
+            ahead.page = await self._fetched(ahead.offset)
+        ahead.there.set()
+
+    async def _fetched(self, offset: int) -> _Page:
+        return await self._views.ask(self._directory, partial(self._fetch, offset))
+
     def _listed(self, number: int) -> Iterator[Listed]:
-        for seen in self._page[number:]:
+        for seen in self._page.seen[number:]:
             if seen.kind is Kind.DIRECTORY and (seen.volume, seen.node) in self._above:
                 seen = seen._replace(stat=None)  # it lies in itself: whoever looks closer is told
             place, attributes = self._views.seen(self._directory, seen)
             yield Listed(seen.name, place, attributes, seen.cookie)
 
-    def _fetch(self, offset: int) -> tuple[list[Seen], bool]:
+    def _fetch(self, offset: int) -> _Page:
         directory = self._directory
         guest = directory.guest
         view = directory.view if isinstance(directory, Top) else directory.volume.view
@@ -102,4 +143,4 @@ class GuestListing:
         if is_last and isinstance(directory, Top) and view is View.ROOT:
             first = max(offset - _MORE, 0)
             page += [seen._replace(cookie=_MORE + n) for n, seen in enumerate(guest.more()[first:], first + 1)]
-        return page, is_last
+        return _Page(offset, page, is_last)

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xbfs_engine.guestfs.worker import landlock, seccomp
-from xbfs_engine.guestfs.worker.kernel import prctl, syscall, unshare
+from xbfs_engine.guestfs.worker.kernel import detach_mounts, prctl, syscall, unshare
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,6 +59,9 @@ def die_with(parent: int) -> None:
 def confine(memory_bytes: int, *, with_threads: bool) -> Confinement:
     """Give up everything but open sockets and ``memory_bytes`` more than there are; threads may still be started."""
     parent = os.getppid()
+    # Before there are no files any more.
+    with open("/proc/self/statm", "rb") as file:  # noqa: PTH123
+        memory_bytes += int(file.read().split()[0]) * resource.getpagesize()
     in_force: dict[str, str] = {}
     missing: dict[str, str] = {}
 
@@ -70,10 +73,10 @@ def confine(memory_bytes: int, *, with_threads: bool) -> Confinement:
         else:
             missing.pop(name, None)
 
-    put("namespaces", partial(_leave_namespaces, 0))
+    put("namespaces", _leave_namespaces)
     put("user", _become_nobody)
     if "namespaces" in missing:
-        put("namespaces", partial(_leave_namespaces, _CLONE_NEWUSER))
+        put("namespaces", _leave_into_a_user_namespace)
     put("capabilities", _drop_capabilities)
     put("no new privileges", _refuse_privileges)
     put("limits", partial(_limit, memory_bytes, with_threads=with_threads))
@@ -84,10 +87,17 @@ def confine(memory_bytes: int, *, with_threads: bool) -> Confinement:
     return Confinement(tuple(in_force.values()), tuple(missing.values()))
 
 
-def _leave_namespaces(more: int) -> str:
-    """Root just leaves them; others only into a user namespace, where the kernel lets everybody make one."""
-    unshare(_CLONE_NEWNET | _CLONE_NEWIPC | _CLONE_NEWUTS | _CLONE_NEWNS | more)
-    return "network, ipc, uts, mount" + (", user" if more else "")
+def _leave_namespaces() -> str:
+    """As root; without any mount: a copy of those of the machine would keep them busy after their unmount."""
+    unshare(_CLONE_NEWNET | _CLONE_NEWIPC | _CLONE_NEWUTS | _CLONE_NEWNS)
+    detach_mounts()
+    return "network, ipc, uts, mount"
+
+
+def _leave_into_a_user_namespace() -> str:
+    """As anybody, where the kernel lets everybody make one. Mounts are locked in it, so they are not copied at all."""
+    unshare(_CLONE_NEWNET | _CLONE_NEWIPC | _CLONE_NEWUTS | _CLONE_NEWUSER)
+    return "network, ipc, uts, user"
 
 
 def _become_nobody() -> str:
@@ -114,8 +124,6 @@ def _refuse_privileges() -> str:
 
 
 def _limit(memory_bytes: int, *, with_threads: bool) -> str:
-    with open("/proc/self/statm", "rb") as file:  # noqa: PTH123
-        memory_bytes += int(file.read().split()[0]) * resource.getpagesize()
     limits = [
         (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_CORE, 0),

@@ -5,6 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 from functools import cache
+from typing import Final
+
+_MS_REC: Final = 0x4000
+_MS_PRIVATE: Final = 0x40000
+_MNT_DETACH: Final = 2
+"""Linux uapi/linux/mount.h and mount(2)."""
 
 
 def prctl(option: int, value: int) -> None:
@@ -15,6 +21,12 @@ def prctl(option: int, value: int) -> None:
 def unshare(flags: int) -> None:
     """unshare(2)."""
     _checked(_libc().unshare(ctypes.c_int(flags)))
+
+
+def detach_mounts() -> None:
+    """Leave this mount namespace, which must be of this process alone, without any mount: no path leads anywhere."""
+    _checked(_libc().mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None))
+    _checked(_libc().umount2(b"/", ctypes.c_int(_MNT_DETACH)))
 
 
 def syscall(number: int, *arguments: int | bytes | None) -> int:
