@@ -1,9 +1,9 @@
 """The data plane: threads that read the FUSE device themselves and answer reads without any hop.
 
 Owns the device's threads and the requests that wait for storage. READ and LSEEK of open files, OPENDIR of directories
-that never change, and READLINK of our own links are answered here, in the thread that took them from the kernel; everything else goes
-through a socket to libfuse, which takes that socket for the device, and its answers come back through ``pump``. The
-event loop's thread makes, starts and closes it; the rest runs in its own threads.
+that never change, and READLINK of our own links are answered here, in the thread that took them from the kernel;
+everything else goes through a socket to libfuse, which takes that socket for the device, and its answers come back
+through ``pump``. The event loop's thread makes, starts and closes it; the rest runs in its own threads.
 
 A thread that may have to wait first sees to it that another one listens, so requests that hang never stop those
 behind them, up to ``THREADS_MAX``. A request whose blob is known to hang is parked (``vfs.gate``) and holds no thread.
