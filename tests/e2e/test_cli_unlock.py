@@ -117,6 +117,16 @@ def test_points_that_come_later_are_open_too(world: World, point: Path) -> None:
         time.sleep(0.2)
 
 
+def test_a_key_that_is_there_at_the_mount(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(world.directory))
+    (tmp_path / "mnt").mkdir()
+    assert world.run("mount", tmp_path / "mnt", "--background", XBFS_UNLOCK=SECRET).code == 0
+    try:
+        assert '"clean"' in (tmp_path / "mnt/vms/web/latest/files/1.json").read_text()
+    finally:
+        world.good("umount", tmp_path / "mnt")
+
+
 def test_what_is_no_place_in_a_mount(world: World, point: Path) -> None:
     assert world.run("unlock", world.directory, XBFS_UNLOCK="x").code == 65
     assert world.run("unlock", point.parents[1], XBFS_UNLOCK="x").code == 2

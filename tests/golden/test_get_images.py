@@ -99,7 +99,17 @@ def test_gnu_tar_restores_the_archive(name: str, roomy: Path, tmp_path: Path) ->
         restore_files([Source(guest_on(_image(name)), b"/", "0")], target, Options(), listening)
     assert not listening.failures
     assert not account.losses
-    command = ["tar", "--xattrs", "--xattrs-include=*", "--acls", "--same-owner", "-xpf", archive, "-C", roomy]
+    command = [
+        "tar",
+        "--xattrs",
+        "--xattrs-include=*",
+        "--acls",
+        "--same-owner",
+        "-xpf",
+        str(archive),
+        "-C",
+        str(roomy),
+    ]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert archive.stat().st_size < 32 << 20, "holes of many GiB are in it"

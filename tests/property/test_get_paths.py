@@ -62,7 +62,7 @@ def _found(view: View, pattern: bytes, *, ignore_case: bool = False) -> list[byt
 
 @given(st.dictionaries(NAMES, TREES, max_size=4), st.lists(PARTS, min_size=1, max_size=4))
 def test_patterns_match_what_an_expression_matches(tree: dict[bytes, object], parts: list[bytes]) -> None:
-    top = _node(tree)  # type: ignore[arg-type]  # recursive
+    top = _node(tree)
     expression = _expression(parts)
     matched = [path for path in _paths(top) if expression.fullmatch(b"/" + b"/".join(path))]
     # What is below a match comes with it.

@@ -40,7 +40,7 @@ VERBS = list(verbs(build_parser()))
 def test_the_verbs_are_those_of_the_product() -> None:
     assert {parser.prog.removeprefix("xbfs ") for parser in VERBS} == {
         *("init", "key list", "key add", "key remove", "backup image", "backup vm", "points", "show"),
-        *("diff", "check", "verify", "export", "mount", "umount", "unlock", "index", "find", "history"),
+        *("diff", "check", "verify", "export", "mount", "umount", "unlock", "index", "find", "history", "get"),
         *("pool add", "pool list", "pool remove", "pool trust", "pool check", "pool sweep", "restore", "rewind"),
     }
 

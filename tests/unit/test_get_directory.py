@@ -27,7 +27,6 @@ from xbfs_engine.core.errors import (
     UsageError,
 )
 from xbfs_engine.guestfs.base import Kind
-from xbfs_engine.restore.files import directory_target
 from xbfs_engine.restore.files.records import Account, Made, Place
 from xbfs_engine.restore.files.restoring import Options, Source, restore_files
 
@@ -63,7 +62,7 @@ def test_files_appear_under_their_last_names(tmp_path: Path) -> None:
 def test_every_file_of_many_directories_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading runs ahead of writing: no directory may be taken for one that could not be made."""
     slow = partial(_slowly, os.mkdir)
-    monkeypatch.setattr(directory_target.os, "mkdir", slow)
+    monkeypatch.setattr(os, "mkdir", slow)
     tree = guest(**{f"d{n}": folder({b"%d" % m: file(b"x") for m in range(20)}) for n in range(60)})
     account, listening = get(tree, ["/"], tmp_path)
     assert (account.totals.files, account.totals.directories) == (1200, 60)
@@ -181,7 +180,7 @@ def test_links_that_the_target_refuses_become_files(tmp_path: Path, monkeypatch:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EMLINK, "Too many links")
 
-    monkeypatch.setattr(directory_target.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     shared = file(b"guest's", nlink=2)
     account, listening = get(guest(a=shared, b=shared), ["/"], tmp_path)
     assert not listening.failures
@@ -243,7 +242,7 @@ def test_a_full_target_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     def full(*_: object) -> int:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(directory_target.os, "pwrite", full)
+    monkeypatch.setattr(os, "pwrite", full)
     before = open_files()
     with pytest.raises(StorageFull):
         get(guest(d=directory(a=file(BIG), b=file(b"b"))), ["/d"], tmp_path)

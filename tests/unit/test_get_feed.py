@@ -19,7 +19,8 @@ def _raise(error: Exception) -> None:
 
 
 def test_all_is_done_in_its_order() -> None:
-    feed, done = Feed(Account(), (StorageFull,)), []
+    done: list[int] = []
+    feed = Feed(Account(), (StorageFull,))
     for number in range(10_000):
         feed.put(b"/", partial(done.append, number))
         if number % 997 == 0:
@@ -51,7 +52,8 @@ def test_what_waits_is_bounded() -> None:
 
 
 def test_failures_are_told_and_the_rest_goes_on() -> None:
-    account, done = Account(), []
+    account = Account()
+    done: list[int] = []
     feed = Feed(account, (StorageFull,))
     feed.put(b"/a", partial(_raise, TargetUnwritable("no")))
     feed.put(b"/b", partial(done.append, 1))
@@ -63,7 +65,8 @@ def test_failures_are_told_and_the_rest_goes_on() -> None:
 
 @pytest.mark.parametrize("error", [StorageFull("full"), ValueError("a bug")])
 def test_what_ends_all_is_raised_where_is_read(error: Exception) -> None:
-    account, done = Account(), []
+    account = Account()
+    done: list[int] = []
     feed = Feed(account, (StorageFull,))
     feed.put(b"/a", partial(_raise, error))
     for _ in range(40):
@@ -81,7 +84,8 @@ def test_what_ends_all_is_raised_where_is_read(error: Exception) -> None:
 
 
 def test_closing_drops_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    go, started, done = threading.Event(), threading.Event(), []
+    go, started = threading.Event(), threading.Event()
+    done: list[int] = []
 
     def hang() -> None:
         started.set()

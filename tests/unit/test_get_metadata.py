@@ -14,7 +14,6 @@ from tests.support.get_files import IS_ROOT, get, names
 from tests.support.get_guest import SECOND, Node, TreeGuest, directory, file, symlink
 from xbfs_engine.guestfs import acl
 from xbfs_engine.guestfs.base import Kind
-from xbfs_engine.restore.files import dressing
 from xbfs_engine.restore.files.restoring import Options
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ def test_an_owner_that_can_not_be_set_takes_suid_along(tmp_path: Path, monkeypat
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(dressing.os, "chown", refuse)
+    monkeypatch.setattr(os, "chown", refuse)
     account, listening = get(guest(a=file(mode=0o4755, xattrs={b"security.capability": CAPABILITY})), ["/"], tmp_path)
     assert not listening.failures
     assert mode(tmp_path / "a") == 0o755
@@ -156,7 +155,7 @@ def test_acls_are_set_or_narrow_the_mode(tmp_path: Path, monkeypatch: pytest.Mon
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    monkeypatch.setattr(dressing.os, "setxattr", refuse)
+    monkeypatch.setattr(os, "setxattr", refuse)
     account, _ = get(tree, ["/"], tmp_path / "lost")
     assert mode(tmp_path / "lost/a") == 0o640, "the owning group never had more"
     assert mode(tmp_path / "lost/bad") == 0o600

@@ -87,7 +87,7 @@ def test_everything_is_told() -> None:
     assert found["link"].linkname == os.fsdecode(b"../\xff")
     assert (found["null"].devmajor, found["null"].devminor) == (1, 3)
     assert found["fifo"].isfifo()
-    assert (found["old"].mtime, found["new"].mtime) == (pytest.approx(-2.999999999), 10**11)
+    assert found["new"].mtime == 10**11
     assert found["old"].pax_headers["mtime"] == "-2.999999999"
     assert "socket" not in found
     assert account.totals.sockets_skipped == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xbfs.cli.context import cache_directory, catalog_of, index_of, repository_of, storage_of
+from xbfs.cli.volume_keys import given_keys
 from xbfs.fuse import mountpoint
 from xbfs_engine.core.errors import NotMounted
 
@@ -38,6 +39,7 @@ def mount(arguments: argparse.Namespace, output: Output) -> None:
             guests=GuestOptions(
                 ownership=Ownership(arguments.ownership) if arguments.ownership else None,
                 links=LinkTargets(arguments.links),
+                keys=tuple(given_keys()),
             ),
         ),
         allow_other=arguments.allow_other,

@@ -265,7 +265,8 @@ def _add_mount(verbs: _Verbs) -> None:
         "mount:mount",
         "show every restore point as files below a directory, read-only",
         ["xbfs mount /mnt/xbfs --background", "cp --sparse=always /mnt/xbfs/vms/web/latest/disks/0.raw /vm/web.raw"],
-        "Runs until `xbfs umount DIR`, Ctrl-C or SIGTERM. New restore points appear by themselves.",
+        "Runs until `xbfs umount DIR`, Ctrl-C or SIGTERM. New restore points appear by themselves. Guests' own files\n"
+        "are in files/ and root/ of each; a key in XBFS_UNLOCK or XBFS_UNLOCK_FILE is tried on encrypted volumes.",
     )
     mount.add_argument("directory", metavar="DIR", help="an empty directory outside the repository")
     mount.add_argument("--background", action="store_true", help="return when the mount is there, serve it on")

@@ -45,7 +45,8 @@ class GuestNotFound(GuestError):
 
 
 class GuestReaderFailed(GuestError):
-    """The process that reads the volume was ended twice over the same request: it crashed, hung or broke its rules."""
+    """The process that reads the volume was ended twice over a request (it crashed, hung or broke its rules), is busy
+    with others for too long, or does not start."""
 
     exit_code = 96
     default_hint = "the volume may be damaged or hostile; other volumes and restore points are not concerned"
