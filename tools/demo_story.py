@@ -216,6 +216,8 @@ def find_a_file(older: Path) -> None:
     show("debugfs", "-R", f"dump {path} as-it-was", f"{first}?offset={PARTITION_START}")
     show("cmp", path.name, "as-it-was")
     remark("the copy is the file as another reader of ext4 takes it from the disk before the change")
+    show("xbfs", "get", f"{older}:{path}", "-o", "got", "-q")
+    show("cmp", f"got/{path.name}", "as-it-was")
 
 
 def bring_back(pool: Pool, older: Path, work: Path) -> None:
