@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.get_files import IS_ROOT, Listening, get, names, open_files
 from tests.support.get_guest import Node, TreeGuest, directory, file, folder, symlink
+from tests.support.runtime import SeededRandom
 from xbfs_engine.core.errors import (
     ChunkCorrupt,
     GuestDamaged,
@@ -27,6 +28,7 @@ from xbfs_engine.core.errors import (
     UsageError,
 )
 from xbfs_engine.guestfs.base import Kind
+from xbfs_engine.restore.files.directory_target import DirectoryTarget
 from xbfs_engine.restore.files.records import Account, Made, Place
 from xbfs_engine.restore.files.restoring import Options, Source, restore_files
 
@@ -358,3 +360,23 @@ def test_the_target_must_be_a_directory(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("real")
     get(guest(a=file()), ["/a"], tmp_path / "link")
     assert names(tmp_path / "real") == {"a"}, "a link that the user names is his own"
+
+
+def test_names_that_differ_only_in_case_do_not_replace_one_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on FAT; a case-sensitive target that is said to be none stands for it."""
+    monkeypatch.setattr(DirectoryTarget, "_tells_case", lambda _: False)
+    tree = guest(a=file(b"1"), A=file(b"2"), d=directory(x=file(b"3")), D=directory(y=file(b"4")), b=file(b"5"))
+    _, listening = get(tree, ["/"], tmp_path, overwrite=True)
+    assert listening.failed_paths == [b"/A", b"/D"]
+    assert names(tmp_path) == {"a", "d", "d/x", "b"}
+    again, listening = get(tree, ["/a", "/b"], tmp_path, overwrite=True, seed=2)
+    assert (again.totals.files, listening.failures) == (2, [])
+
+
+def test_the_target_tells_whether_it_knows_case(tmp_path: Path) -> None:
+    with DirectoryTarget(tmp_path, Account(), SeededRandom(1), overwrite=False, with_owner=False) as target:
+        (tmp_path / "probe").touch()
+        assert target._knows_case is not (tmp_path / "PROBE").exists()
+    assert names(tmp_path) == {"probe"}

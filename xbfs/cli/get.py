@@ -16,7 +16,7 @@ from xbfs.cli.progress import ProgressLine
 from xbfs.cli.volume_keys import given_keys
 from xbfs.view.guests import open_guest
 from xbfs_engine.catalog.blockmap import NodeStore
-from xbfs_engine.core.errors import PointNotFound, UsageError
+from xbfs_engine.core.errors import Cancelled, PointNotFound, UsageError
 from xbfs_engine.core.limits import MIB
 from xbfs_engine.guestfs.worker.client import GuestWorkers
 from xbfs_engine.restore.files.directory_target import DirectoryTarget
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from xbfs_engine.catalog.catalog import Catalog
     from xbfs_engine.catalog.restore_point import RestorePoint
     from xbfs_engine.core.errors import XbfsError
+    from xbfs_engine.core.runtime import Clock
     from xbfs_engine.restore.files.records import Target
     from xbfs_engine.store.repository import Repository
 
@@ -57,13 +58,11 @@ def get(arguments: argparse.Namespace, output: Output) -> None:
     clock = repository.runtime.clock
     started_s = clock.monotonic_s()
     with _sources(repository, wanted, arguments.volume) as sources, ProgressLine(output, clock) as line:
-        told = _Told(output, line, account)
-        if arguments.dry_run:
-            count_files(sources, account, told)
-        else:
-            _allow_open_files()
-            with _target(arguments, account, repository) as target:
-                restore_files(sources, target, _options(arguments), told)
+        told = _Told(output, line, account, clock)
+        try:
+            _restore(arguments, sources, account, repository, told)
+        except KeyboardInterrupt:
+            raise Cancelled(_stopped(arguments, account)) from None
     told.rest()
     with_owners = not arguments.no_owner and (arguments.tar is not None or os.geteuid() == 0)
     output.result(
@@ -94,6 +93,26 @@ def _parsed(catalog: Catalog, word: str) -> tuple[RestorePoint, bytes]:
         except PointNotFound as exc:
             problem = problem or exc
     raise problem or UsageError(f"{word!r} is not POINT:/path", hint="such as web@latest:/etc or desk@latest:C:/Users")
+
+
+def _restore(
+    arguments: argparse.Namespace, sources: Sequence[Source], account: Account, repository: Repository, told: _Told
+) -> None:
+    if arguments.dry_run:
+        count_files(sources, account, told)
+        return
+    _allow_open_files()
+    with _target(arguments, account, repository) as target:
+        restore_files(sources, target, _options(arguments), told)
+
+
+def _stopped(arguments: argparse.Namespace, account: Account) -> str:
+    if arguments.dry_run or arguments.tar not in (None, STREAM):
+        return "stopped on request; nothing was left behind"
+    entries = text.count(account.totals.entries, "file")
+    return f"stopped on request after {entries}; " + (
+        "the archive has no end" if arguments.tar else "each one that is there is whole"
+    )
 
 
 @contextmanager
@@ -144,10 +163,12 @@ def _allow_open_files() -> None:
 class _Told:
     """Tells the user of failures and progress."""
 
-    def __init__(self, output: Output, line: ProgressLine, account: Account) -> None:
+    def __init__(self, output: Output, line: ProgressLine, account: Account, clock: Clock) -> None:
         self._output = output
         self._line = line
         self._account = account
+        self._clock = clock
+        self._started_s = clock.monotonic_s()
         self._first: tuple[bytes, XbfsError] | None = None
         self._told = 0
 
@@ -161,7 +182,9 @@ class _Told:
 
     def progress(self, entries: int, content_bytes: int) -> None:
         """Show how far it is."""
-        self._line.update("get", content_bytes, 0, note=text.count(entries, "file"))
+        elapsed_s = self._clock.monotonic_s() - self._started_s
+        rate = f", {entries / elapsed_s:.0f} files/s" if elapsed_s > 0 else ""
+        self._line.update("get", content_bytes, 0, note=text.count(entries, "file") + rate)
 
     def rest(self) -> None:
         """What can only be told in the end. Raises the error if it is the only thing that happened."""

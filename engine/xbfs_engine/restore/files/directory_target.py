@@ -60,6 +60,7 @@ class DirectoryTarget:
         self._is_root = os.geteuid() == 0
         self._stem = f".xbfs-{random.token(6).hex()}-".encode()
         self._made = 0
+        self._knows_case = True
 
     def __enter__(self) -> DirectoryTarget:
         with _errors(self._directory):
@@ -67,6 +68,7 @@ class DirectoryTarget:
                 os.mkdir(self._directory, 0o777)  # noqa: PTH102 - bytes
             self.top.fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             self.top.inherits_acl = has_default_acl(self.top.fd)
+            self._knows_case = self._tells_case()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -76,6 +78,7 @@ class DirectoryTarget:
         """Make the directory, or take the one that is there."""
         above, name = place.above, place.path.rpartition(b"/")[2]
         assert above is not None
+        self._claim(above, name)
         with _errors(self.shown(place.path)):
             is_new = self._make_directory(above, name)
             place.fd = os.open(name, _DIRECTORY, dir_fd=above.fd)
@@ -222,6 +225,7 @@ class DirectoryTarget:
 
     def _refuse(self, above: Place, name: bytes, shown: bytes) -> None:
         """Raise if the name is taken: early, and the only check against a directory."""
+        self._claim(above, name)
         try:
             found = os.stat(name, dir_fd=above.fd, follow_symlinks=False)
         except FileNotFoundError:
@@ -230,6 +234,28 @@ class DirectoryTarget:
             raise TargetExists(f"{os.fsdecode(shown)!r} is a directory", hint="directories are never replaced")
         if not self._overwrite:
             raise FileExistsError(errno.EEXIST, "it exists")
+
+    def _claim(self, above: Place, name: bytes) -> None:
+        """Raise if the target takes the name for one that was restored before, which would be replaced."""
+        if self._knows_case:
+            return
+        folded = os.fsdecode(name).casefold()
+        if folded in above.claimed:
+            raise TargetExists(f"{os.fsdecode(self.shown(above.of(name)))!r}: another file's name differs only in case")
+        above.claimed.add(folded)
+
+    def _tells_case(self) -> bool:
+        """Whether ``a`` and ``A`` are two files."""
+        temporary = self._temporary()
+        os.close(os.open(temporary, _NEW_FILE, 0o600, dir_fd=self.top.fd))
+        try:
+            os.stat(temporary.upper(), dir_fd=self.top.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return True
+        else:
+            return False
+        finally:
+            self.discard(self.top, temporary)
 
     def _temporary(self) -> bytes:
         self._made += 1

@@ -45,7 +45,7 @@ class Made(NamedTuple):
 class Place:
     """A directory of the target that is being filled."""
 
-    __slots__ = ("above", "fd", "inherits_acl", "meta", "path", "refused")
+    __slots__ = ("above", "claimed", "fd", "inherits_acl", "meta", "path", "refused")
 
     def __init__(self, path: bytes = b"", above: Place | None = None, meta: Meta | None = None) -> None:
         self.path = path
@@ -56,6 +56,8 @@ class Place:
         self.refused = False
         """It could not be made, so nothing goes into it."""
         self.fd = -1
+        self.claimed: set[str] = set()
+        """Names that were restored, without case; only where the target knows no case."""
         self.inherits_acl = False
         """What is made in it gets an ACL of the target's, which must go."""
 
