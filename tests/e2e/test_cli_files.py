@@ -56,6 +56,14 @@ def indexed(guest: World) -> World:
     return world
 
 
+def test_a_backup_may_index_what_it_has_made(guest: World) -> None:
+    world = guest.copy(guest.directory.with_name("indexed-at-once"))
+    done = world.good("backup", "image", world.gen2, "--vm", "web", "--index", "--json").json
+    found = world.run("find", "new", "web", "--json").json
+    assert found["files"][0]["first"]["id"] == done["point"]["id"]
+    assert len(found["warnings"]) == 1, "the two points before have none"
+
+
 def test_index_passes_over_what_has_one(indexed: World) -> None:
     document = indexed.good("index", "web", "--all", "--json").json
     assert (document["indexed"], document["had_index"]) == ([], 2)

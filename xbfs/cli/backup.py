@@ -14,6 +14,7 @@ from xbfs import __version__
 from xbfs.cli import tasks, text
 from xbfs.cli.context import catalog_of, index_of, point_of, repository_of
 from xbfs.cli.describe import disk_lines, source_bytes
+from xbfs.cli.file_indexes import index_new
 from xbfs.cli.points import ID_DIGITS
 from xbfs.cli.progress import ProgressLine
 from xbfs.vfs.records import point_record
@@ -92,6 +93,8 @@ def image(arguments: argparse.Namespace, output: Output) -> None:
             "run `xbfs verify` to see which points are hit; a backup without --changed stores again what it reads",
         )
     _tell(point, last, output)
+    if arguments.index:
+        index_new(repository, catalog, [point], output)
 
 
 def _tell(point: RestorePoint, last: dict[int, Progress], output: Output) -> None:

@@ -10,6 +10,7 @@ from xbfs import __version__
 from xbfs.cli import tasks, text
 from xbfs.cli.context import catalog_of, index_of, repository_of
 from xbfs.cli.describe import source_bytes
+from xbfs.cli.file_indexes import index_new
 from xbfs.cli.points import ID_DIGITS
 from xbfs.cli.pool import configured
 from xbfs.cli.progress import ProgressLine
@@ -56,6 +57,8 @@ def vm(arguments: argparse.Namespace, output: Output) -> None:
             "run `xbfs verify` to see which points are hit; a backup with --full stores again what it reads",
         )
     _tell(report, output)
+    if arguments.index:
+        index_new(repository, target.catalog, [done.point for done in report.outcome.reports.values()], output)
     _fail_if_any(report)
 
 

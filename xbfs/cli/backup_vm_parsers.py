@@ -62,6 +62,7 @@ def add_backup_vm(backup: Verbs) -> None:
         default=300.0,
         help="skip a VM when what its SR has yet to coalesce did not become less for so long (default: 300)",
     )
+    vm.add_argument("--index", action="store_true", help="then list the guests' files, as `xbfs index` does")
     vm.add_argument("-q", "--quiet", action="store_true", help="show no progress")
 
 

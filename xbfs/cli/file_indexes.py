@@ -16,7 +16,7 @@ from xbfs.cli.points import ID_DIGITS
 from xbfs.cli.progress import ProgressLine
 from xbfs.cli.volume_keys import given_keys
 from xbfs_engine.catalog.fileindex.indexes import FileIndexes
-from xbfs_engine.core.errors import FormatTooNew, GuestError, IntegrityError
+from xbfs_engine.core.errors import Cancelled, FormatTooNew, GuestError, IntegrityError, XbfsError
 from xbfs_engine.core.limits import MIB
 from xbfs_engine.store.reader import ChunkReader
 
@@ -161,3 +161,16 @@ class Indexing:
                 return closing(workers.open("file index", disks, self._keys))
 
             yield opened
+
+
+def index_new(repository: Repository, catalog: Catalog, points: Sequence[RestorePoint], output: Output) -> None:
+    """Index points that a backup has just made. They are complete without: what goes wrong is a warning."""
+    try:
+        catalog.refresh()
+        built = Indexing(repository, catalog, output).build(points)
+    except Cancelled:
+        raise
+    except XbfsError as exc:
+        output.warn(f"no file index was built: {exc.message}", exc.hint)
+    else:
+        output.say(f"{text.count(built, 'restore point')} indexed for find, history and diff --files")

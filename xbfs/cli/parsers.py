@@ -193,6 +193,7 @@ def _add_backup(verbs: _Verbs) -> None:
     start = image.add_mutually_exclusive_group()
     start.add_argument("--base", metavar="POINT", help="the point the changes are relative to (default: the newest)")
     start.add_argument("--new-chain", action="store_true", help="continue no earlier point: the disk was replaced")
+    image.add_argument("--index", action="store_true", help="then list the guest's files, as `xbfs index` does")
     _add_quiet(image)
 
 
