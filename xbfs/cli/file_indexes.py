@@ -72,8 +72,8 @@ class Indexing:
             ids = ", ".join(point.id[:ID_DIGITS] for point in missing[:_NAMED_MAX])
             more = f" and {len(missing) - _NAMED_MAX} more" if len(missing) > _NAMED_MAX else ""
             self._output.warn(
-                f"{len(missing)} of {text.count(len(points), 'restore point')} of {missing[0].vm_name} have no file"
-                f" index and were left out: {ids}{more}",
+                f"left out for want of a file index: {len(missing)} of {text.count(len(points), 'restore point')} of"
+                f" {missing[0].vm_name}: {ids}{more}",
                 f"run `xbfs index {missing[0].vm_name} --all`, or this command with --build",
             )
 
