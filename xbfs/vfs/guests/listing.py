@@ -80,6 +80,7 @@ class _Ahead:
 
     def __init__(self, offset: int) -> None:
         self.offset = offset
+        self.asked = trio.Event()
         self.there = trio.Event()
         self.page: _Page | None = None
 
@@ -103,8 +104,9 @@ class GuestListing:
             page = self._page = await self._taken(offset) or await self._fetched(offset)
             self._numbers = {seen.cookie: count for count, seen in enumerate(page.seen, 1)} | {offset: 0}
             if page.seen and not page.is_last:
-                self._ahead = _Ahead(page.seen[-1].cookie)
-                trio.lowlevel.spawn_system_task(self._fetch_ahead, self._ahead)
+                ahead = self._ahead = _Ahead(page.seen[-1].cookie)
+                trio.lowlevel.spawn_system_task(self._fetch_ahead, ahead)
+                await ahead.asked.wait()  # else it would be asked when the kernel has taken this page
         return self._listed(number)
 
     async def _taken(self, offset: int) -> _Page | None:
@@ -116,6 +118,7 @@ class GuestListing:
         return ahead.page
 
     async def _fetch_ahead(self, ahead: _Ahead) -> None:
+        ahead.asked.set()  # wakes whoever waits when this task waits itself: for the answer
         # Whoever reads on asks again, and is told what is wrong.
         with suppress(XbfsError):
             ahead.page = await self._fetched(ahead.offset)
