@@ -35,6 +35,10 @@ XbfsError 1
 |-- GuestError 90
 |   |-- GuestDamaged 91          |-- GuestUnsupported 92      |-- GuestWrongKind 93
 |   |-- GuestLocked 94           |-- GuestNotFound 95         `-- GuestReaderFailed 96
+|-- InstantError 100
+|   |-- SessionNotFound 101      |-- SessionExists 102      |-- SessionBusy 103
+|   |-- LiveServerDown 104       |-- ExportFailed 105       |-- OverlayInUse 106
+|   |-- OverlayMismatch 107      |-- CommitRefused 108      `-- BootTestFailed 109
 `-- Cancelled 130
 (* retryable)
 """
@@ -50,6 +54,18 @@ from xbfs_engine.core.errors.guest import (
     GuestReaderFailed,
     GuestUnsupported,
     GuestWrongKind,
+)
+from xbfs_engine.core.errors.instant import (
+    BootTestFailed,
+    CommitRefused,
+    ExportFailed,
+    InstantError,
+    LiveServerDown,
+    OverlayInUse,
+    OverlayMismatch,
+    SessionBusy,
+    SessionExists,
+    SessionNotFound,
 )
 from xbfs_engine.core.errors.outside import (
     BitmapInvalid,
@@ -120,13 +136,16 @@ __all__ = [
     "BlobExists",
     "BlobLost",
     "BlobNotFound",
+    "BootTestFailed",
     "Cancelled",
     "CertificateRejected",
     "ChunkCorrupt",
+    "CommitRefused",
     "ConfigDamaged",
     "CredentialsUnsafe",
     "DamageFound",
     "DiskShrunk",
+    "ExportFailed",
     "FormatTooNew",
     "FuseMissing",
     "GuestDamaged",
@@ -138,12 +157,14 @@ __all__ = [
     "GuestWrongKind",
     "ImageUnsupported",
     "IndexCorrupt",
+    "InstantError",
     "IntegrityError",
     "KeyError_",
     "KeyNotHeld",
     "KeySlotDamaged",
     "KeySlotNotFound",
     "LastKeySlot",
+    "LiveServerDown",
     "LoginRefused",
     "ManifestCorrupt",
     "MapCorrupt",
@@ -156,6 +177,8 @@ __all__ = [
     "NotARepository",
     "NotMounted",
     "ObjectNotFound",
+    "OverlayInUse",
+    "OverlayMismatch",
     "PackCorrupt",
     "PassphraseMissing",
     "PointAmbiguous",
@@ -168,6 +191,9 @@ __all__ = [
     "RepositoryExists",
     "RepositoryRolledBack",
     "RunIncomplete",
+    "SessionBusy",
+    "SessionExists",
+    "SessionNotFound",
     "SourceChanged",
     "SourceError",
     "SourceUnreadable",
