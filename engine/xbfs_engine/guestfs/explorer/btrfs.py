@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 import uuid
 import zlib
+from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING, Final
 
 import zstandard
@@ -26,6 +27,7 @@ from fs_explorer.filesystems.btrfs.fs import (
     ROOT_ITEM,
     BtrfsFS,
     _dir_entries,
+    _parse_inode,
 )
 from fs_explorer.filesystems.btrfs.super import INCOMPAT_ZONED
 from fs_explorer.tree import Node
@@ -39,6 +41,7 @@ from xbfs_engine.guestfs.explorer.volume import ENTRY_KINDS, KINDS, ExplorerVolu
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from fs_explorer.filesystems.btrfs.btree import BNode
     from fs_explorer.filesystems.btrfs.fs import _Inode
     from fs_explorer.tree import Context
 
@@ -194,6 +197,27 @@ class _Tree(BtrfsFS):
         # What was read so far, unchecked, is read again: nodes are cached by the token of their trees.
         self.trees, self.lra = checked(self)
         self.trees.node(self.sb.root, self.sb.root_level)
+        self._last: tuple[int, BNode] | None = None
+
+    def inode(self, tree_id: int, ino: int) -> _Inode:
+        """An inode, looked for first in the leaf of the one before: a directory's files mostly lie side by side."""
+        key = (ino, INODE_ITEM, 0)
+        if self._last is not None and self._last[0] == tree_id:
+            keys = self._last[1].keys
+            if keys[0] <= key <= keys[-1]:
+                return self._inode_in(self._last[1], key, tree_id)
+        leaf = self.trees.node(self.subvol_root(tree_id)[0])
+        while leaf.level:
+            leaf = self.trees.node(leaf.ptrs[max(0, bisect_right(leaf.keys, key) - 1)], leaf.level - 1)
+        if leaf.keys:
+            self._last = tree_id, leaf
+        return self._inode_in(leaf, key, tree_id)
+
+    def _inode_in(self, leaf: BNode, key: tuple[int, int, int], tree_id: int) -> _Inode:
+        index = bisect_left(leaf.keys, key)
+        if index < len(leaf.keys) and leaf.keys[index] == key:
+            return _parse_inode(leaf.item(index))
+        return super().inode(tree_id, key[0])  # the empty directory of a subvolume that is not there, or nothing
 
     def decompress(self, comp: int, raw: bytes, ram_bytes: int) -> bytes:
         if comp not in (COMPRESS_ZLIB, COMPRESS_ZSTD):

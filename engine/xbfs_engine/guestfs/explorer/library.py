@@ -6,7 +6,7 @@ would look for compiled helpers, and its exceptions would be nobody's.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from fs_explorer.errors import CorruptDataError, MissingCodecError, NotAFileError, UnsupportedFormatError
@@ -29,6 +29,8 @@ BACKEND: Final = "pure"
 _CACHE_BYTES: Final = 32 << 20
 _PIECE_BYTES_MAX: Final = 64 << 20
 """Longest piece the library may ask for at once: no structure of a sound filesystem is longer."""
+
+_STEP_ITEMS: Final = 64
 
 _Item = TypeVar("_Item")
 
@@ -72,29 +74,38 @@ def make_context() -> Context:
     return Context(cache=Cache(_CACHE_BYTES, stats), stats=stats, backend=BACKEND, pool=Pool(1))
 
 
-@contextmanager
-def guarded() -> Iterator[None]:
+class guarded:
     """Runs library code: in pure Python, its errors turned into ours."""
-    try:
-        with cancel.scope(None, backend=BACKEND):
-            yield
-    except XbfsError:
-        raise
-    except (UnsupportedFormatError, MissingCodecError) as error:
-        raise GuestUnsupported(str(error)) from error
-    except NotAFileError as error:
-        raise GuestWrongKind(str(error)) from error
-    # Whatever else a parser trips over in a hostile image is damage: struct.error, IndexError, MemoryError …
-    except Exception as error:
+
+    __slots__ = ("_token",)
+
+    def __enter__(self) -> None:
+        self._token = cancel.enter(None, backend=BACKEND)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        cancel.leave(self._token)
+        if not isinstance(error, Exception) or isinstance(error, XbfsError):
+            return
+        if isinstance(error, UnsupportedFormatError | MissingCodecError):
+            raise GuestUnsupported(str(error)) from error
+        if isinstance(error, NotAFileError):
+            raise GuestWrongKind(str(error)) from error
+        # Whatever else a parser trips over in a hostile image is damage: struct.error, IndexError, MemoryError …
         raise GuestDamaged(str(error) or type(error).__name__) from error
 
 
 def steps(items: Iterator[_Item]) -> Iterator[_Item]:
-    """The same items, each made under ``guarded``."""
-    end = object()
+    """The same items, made under ``guarded``, some at a time; those before an error come before it."""
     while True:
-        with guarded():
-            item = next(items, end)
-        if item is end:
+        made: list[_Item] = []
+        problem: XbfsError | None = None
+        try:
+            with guarded():
+                made.extend(islice(items, _STEP_ITEMS))
+        except XbfsError as exc:
+            problem = exc
+        yield from made
+        if problem is not None:
+            raise problem
+        if len(made) < _STEP_ITEMS:
             return
-        yield item  # type: ignore[misc]
