@@ -99,3 +99,20 @@ def test_a_killed_reader_leaves_nothing_behind(tmp_path: Path) -> None:
         time.sleep(0.3)
         with mount.disk.open("rb") as image:
             assert image.read(CHUNK) == NEW[:CHUNK]
+
+
+def test_targets_of_links_are_kept_by_the_kernel(mounted: Mounted) -> None:
+    assert mounted.server is not None
+    link = mounted.directory / "by-id" / mounted.engine.points()[0].id
+    for _ in range(10):  # a machine that is short of memory may drop what was kept
+        target = link.readlink()
+        os.kill(mounted.server.pid, signal.SIGSTOP)
+        try:
+            again = subprocess.run(["readlink", link], capture_output=True, timeout=2, check=True)
+        except subprocess.TimeoutExpired:
+            continue
+        finally:
+            os.kill(mounted.server.pid, signal.SIGCONT)
+        assert Path(os.fsdecode(again.stdout.rstrip(b"\n"))) == target
+        return
+    raise AssertionError("the server was asked each time")

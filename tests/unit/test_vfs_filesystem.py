@@ -12,7 +12,7 @@ from tests.support.engine import CHUNK, Engine, pattern
 from tests.support.faulty_storage import Fault, FaultyStorage, Kind, Mode
 from tests.support.guests_here import GuestsHere
 from xbfs.vfs import inodes
-from xbfs.vfs.filesystem import MISS_REFRESH_S, FileSystem, ViewOptions
+from xbfs.vfs.filesystem import MISS_REFRESH_S, Changes, FileSystem, ViewOptions
 from xbfs_engine.catalog.catalog import Catalog
 from xbfs_engine.core.errors import ChunkCorrupt, StorageUnavailable
 from xbfs_engine.storage.memory import MemoryStorage
@@ -98,19 +98,25 @@ def test_names_in_directories_that_do_not_grow_cost_nothing(repository: Reposito
 
 def test_changes_name_what_is_gone_and_what_has_grown(repository: Repository) -> None:
     async def look(filesystem: FileSystem) -> None:
-        first = await filesystem.refresh()
-        assert first.gone == []
-        assert (await filesystem.refresh()) == ([], [])
+        told: list[Changes] = []
+        filesystem.tell = told.append
+        await filesystem.refresh()
+        await filesystem.refresh()
+        assert [(list(change.gone), list(change.turned)) for change in told] == [([], [])]
         new = await trio.to_thread.run_sync(repository.another_point)
-        vm = inodes.make(filesystem.tree.points.by_id[repository.point.id].vm.owner, inodes.VM_DIRECTORY)
-        grown = await filesystem.refresh()
-        assert grown.gone == []
-        assert vm in grown.grown
+        owner = filesystem.tree.points.by_id[repository.point.id].vm.owner
+        vm, latest = inodes.make(owner, inodes.VM_DIRECTORY), inodes.make(owner, inodes.VM_LATEST)
+        await filesystem.lookup(inodes.BY_ID, new)
+        assert told[1].gone == []
+        assert vm in told[1].grown
+        assert told[1].turned == [latest]
         repository.storage.delete(f"points/{repository.point.id}")
-        gone = await filesystem.refresh()
-        assert set(gone.gone) == {(vm, "2026-09-21T141320Z"), (inodes.BY_ID, repository.point.id)}
+        await filesystem.look_again()
+        assert set(told[2].gone) == {(vm, "2026-09-21T141320Z"), (inodes.BY_ID, repository.point.id)}
+        assert told[2].turned == []
         repository.storage.delete(f"points/{new}")
-        assert (inodes.VMS, "vm") in (await filesystem.refresh()).gone
+        await filesystem.refresh()
+        assert (inodes.VMS, "vm") in told[3].gone
         assert filesystem.tree.entries(inodes.VMS) == []
 
     run(repository, look)
@@ -124,7 +130,7 @@ def test_a_listing_that_fails_keeps_what_is_known_and_says_so(repository: Reposi
         storage._script = (Fault(Mode.BEFORE, Kind.LIST, nth=None),)
         with pytest.raises(StorageUnavailable):
             await filesystem.refresh()
-        assert (await filesystem.look_again()) == ([], [])
+        await filesystem.look_again()
         assert "injected" in str(status(filesystem)["refresh_problem"])
         assert not status(filesystem)["healthy"]
         assert await filesystem.lookup(inodes.BY_ID, "0" * 64) is None
@@ -140,7 +146,7 @@ def test_a_listing_that_fails_keeps_what_is_known_and_says_so(repository: Reposi
 def test_a_bug_while_looking_again_ends_nothing(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     async def look(filesystem: FileSystem) -> None:
         monkeypatch.setattr(filesystem, "_load", lambda before: 1 // 0)
-        assert (await filesystem.look_again()) == ([], [])
+        await filesystem.look_again()
         assert "ZeroDivisionError" in str(status(filesystem)["refresh_problem"])
 
     run(repository, look)

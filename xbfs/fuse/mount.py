@@ -182,6 +182,7 @@ async def _serve(filesystem: FileSystem, plane: DataPlane | None, path: Path, re
     import pyfuse3
 
     problem: MountFailed | None = None
+    filesystem.tell = _tell_kernel
     async with trio.open_nursery() as nursery:
 
         async def serve_kernel() -> None:
@@ -226,10 +227,10 @@ async def _stop_on_signal(everything: trio.CancelScope) -> None:
 
 
 async def _keep_fresh(filesystem: FileSystem) -> None:
-    """Look for new points for ever, and tell the kernel what is gone or has grown."""
+    """Look for new points for ever."""
     while True:
         await trio.sleep(filesystem.options.refresh_s)
-        _tell_kernel(await filesystem.look_again())
+        await filesystem.look_again()
 
 
 def _tell_kernel(changes: Changes) -> None:
@@ -240,6 +241,9 @@ def _tell_kernel(changes: Changes) -> None:
     for directory in changes.grown:
         with suppress(OSError):  # the kernel does not know it
             pyfuse3.invalidate_inode(directory, attr_only=True)
+    for link in changes.turned:
+        with suppress(OSError):
+            pyfuse3.invalidate_inode(link)  # and the target that it keeps
 
 
 def _kernel_options(options: MountOptions) -> set[str]:

@@ -36,7 +36,7 @@ from xbfs_engine.store.cache import ChunkCache
 from xbfs_engine.store.reader import ChunkReader
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from xbfs.vfs.guests.places import Place
     from xbfs.vfs.guests.source import Guests, KeyedGuest
@@ -69,19 +69,19 @@ class ViewOptions:
 
 
 class Changes(NamedTuple):
-    """What a refresh changed: names that are gone, with their directory, and directories with new ones."""
+    """What is not as the kernel knows it: names that are gone, with their directory, directories with new ones, and
+    links that lead elsewhere."""
 
-    gone: list[tuple[int, str]]
-    grown: list[int]
-
-
-_NOTHING: Final = Changes([], [])
+    gone: Sequence[tuple[int, str]] = ()
+    grown: Sequence[int] = ()
+    turned: Sequence[int] = ()
 
 
 class FileSystem:
     """One mount of one repository; made inside the event loop, with ``tend`` running.
 
-    ``guests`` reads guests' files; ``locator`` finds chunks that compaction moved.
+    ``guests`` reads guests' files; ``locator`` finds chunks that compaction moved. ``tell`` is called, before anybody
+    gets to see them, with changes of what the kernel may have kept.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class FileSystem:
         locator: Locator | None = None,
     ) -> None:
         self.options = options
+        self.tell: Callable[[Changes], None] = lambda _: None
         self.clock = repository.runtime.clock
         self._catalog = catalog
         self._gate = Gate(repository.storage, self.clock, deadline_s=options.deadline_s)
@@ -165,25 +166,28 @@ class FileSystem:
         shown = self.tree.points.by_id.get(PointId(point))
         if shown is None:
             raise PointNotFound(f"no restore point {point} is mounted")
-        return await self.guests.unlock(shown, key)
+        opened = await self.guests.unlock(shown, key)
+        if opened:
+            # A link's target with ``..`` in it may go through what could not be looked at before.
+            self.tell(Changes(turned=self.guests.places.links()))
+        return opened
 
-    async def refresh(self) -> Changes:
-        """Look for new restore points and for those that are gone. Raises StorageError."""
+    async def refresh(self) -> None:
+        """Look for new restore points and for those that are gone, and tell of them. Raises StorageError."""
         async with self._refresh_lock:
             before = self.tree.points
             fresh = await trio.to_thread.run_sync(
                 self._load, before, abandon_on_cancel=True, limiter=self._refresh_limit
             )
-            if fresh is None:
-                return _NOTHING
-            self.tree.points = fresh
-            self.guests.drop_all_but(fresh.by_id.keys())
-            return _changes(before, fresh)
+            if fresh is not None:
+                self.tree.points = fresh
+                self.guests.drop_all_but(fresh.by_id.keys())
+                self.tell(_changes(before, fresh))
 
-    async def look_again(self) -> Changes:
+    async def look_again(self) -> None:
         """``refresh`` that never raises: what goes wrong is logged when it begins and shown in the status."""
         try:
-            changes = await self.refresh()
+            await self.refresh()
         except XbfsError as exc:
             if self.report.refresh_problem is None:
                 _log.warning("new restore points can not be looked for", problem=exc.message, hint=exc.hint)
@@ -194,8 +198,6 @@ class FileSystem:
             self.report.refresh_problem = repr(exc)
         else:
             self.report.refresh_problem = None
-            return changes
-        return _NOTHING
 
     async def tend(self) -> None:
         """Keep the deadlines of reads, for as long as the mount is served."""
@@ -266,4 +268,9 @@ def _changes(before: Points, after: Points) -> Changes:
     for point_id, shown in after.by_id.items():
         if point_id not in before.by_id:
             grown.add(inodes.make(shown.vm.owner, inodes.VM_DIRECTORY))
-    return Changes(gone, sorted(grown))
+    turned = [
+        inodes.make(vm.owner, inodes.VM_LATEST)
+        for name, vm in after.vms.items()
+        if name in before.vms and vm.latest.name != before.vms[name].latest.name
+    ]
+    return Changes(gone, sorted(grown), turned)

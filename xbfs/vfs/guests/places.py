@@ -165,6 +165,10 @@ class Places:
         """What a number stands for, if the kernel was told."""
         return self._known.get(inode)
 
+    def links(self) -> list[int]:
+        """The numbers of all guests' symlinks."""
+        return [inode for inode, place in self._known.items() if isinstance(place, Node) and place.kind is Kind.SYMLINK]
+
     def node(self, volume: VolumeView, node: NodeId, kind: Kind, parent: Directory, name: bytes) -> Node:
         """The place of a node that has this name in this directory; known already, or new and not entered yet."""
         one_place = parent if kind in HAVE_ONE_PLACE else None
