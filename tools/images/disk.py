@@ -22,7 +22,7 @@ CBT_BLOCK_BYTES = 65536
 PARTITION_OFFSET_BYTES = 1 << 20
 """Where the only partition starts, and what is left free behind it for the backup partition table."""
 
-_LINUX_ROOT_X86_64 = "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709"  # the UEFI Discoverable Partitions Specification
+LINUX_ROOT_X86_64 = "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709"  # the UEFI Discoverable Partitions Specification
 
 
 class ImageError(Exception):
@@ -63,7 +63,7 @@ def partition(path: Path, *, disk_uuid: str, partition_uuid: str) -> int:
     script = (
         f"label: gpt\nlabel-id: {disk_uuid}\nunit: sectors\nsector-size: 512\n"
         f"start={PARTITION_OFFSET_BYTES // 512}, size={size_bytes // 512}, "
-        f'type={_LINUX_ROOT_X86_64}, uuid={partition_uuid}, name="root"\n'
+        f'type={LINUX_ROOT_X86_64}, uuid={partition_uuid}, name="root"\n'
     )
     run(["sfdisk", "--quiet", "--no-reread", "--no-tell-kernel", path], stdin=script)
     return size_bytes
