@@ -109,6 +109,10 @@ class ModelFile:
         self.during_sync()
         self.durable = content
 
+    def unnamed(self) -> ModelFile:
+        # Never synced and never opened again: its operations need no power.
+        return ModelFile(Power())
+
     def close(self) -> None:
         pass
 

@@ -22,7 +22,7 @@ from xbfs.view.overlay import (
     open_overlay,
     read_header,
 )
-from xbfs_engine.core.errors import BlobNotFound, TargetExists, UsageError
+from xbfs_engine.core.errors import BlobNotFound, OverlayMismatch, TargetExists, UsageError
 from xbfs_engine.core.limits import DISK_SIZE_MAX, GIB, MIB
 
 if TYPE_CHECKING:
@@ -202,9 +202,9 @@ def test_creating_twice_opening_nothing_and_opening_over_another_disk(tmp_path: 
     create_overlay(place, base, identity=IDENTITY).close()
     with pytest.raises(TargetExists):
         create_overlay(place, base, identity=IDENTITY)
-    with pytest.raises(UsageError):
+    with pytest.raises(OverlayMismatch, match="point 7, disk 0"):
         open_overlay(place, base, identity=b"another")
-    with pytest.raises(UsageError):
+    with pytest.raises(OverlayMismatch):
         open_overlay(place, Hole(SIZE + 1), identity=IDENTITY)
     open_overlay(place, base, identity=IDENTITY).close()
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from xbfs.view.overlay.freeze import FrozenOverlay
 from xbfs.view.overlay.header import IDENTITY_BYTES_MAX, Header
 from xbfs.view.overlay.opening import create_overlay, open_overlay, read_header
-from xbfs.view.overlay.overlay import Overlay
+from xbfs.view.overlay.overlay import Overlay, freeze_all
 from xbfs.view.overlay.regions import Layer, Region
 
 __all__ = [
     "IDENTITY_BYTES_MAX",
+    "FrozenOverlay",
     "Header",
     "Layer",
     "Overlay",
     "Region",
     "create_overlay",
+    "freeze_all",
     "open_overlay",
     "read_header",
 ]

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 from xbfs_engine.core.errors import (
     BlobNotFound,
     IntegrityError,
+    OverlayInUse,
     StorageDenied,
     StorageError,
     StorageFull,
-    StorageUnavailable,
     TargetUnwritable,
 )
 
@@ -84,6 +84,10 @@ class StateFile(Protocol):
         """All that was done to the file before is durable (fdatasync)."""
         ...
 
+    def unnamed(self) -> StateFile:
+        """A new, empty file without a name on the same file system: gone when it is closed or the process ends."""
+        ...
+
     def close(self) -> None:
         """Let go of the file."""
         ...
@@ -105,7 +109,7 @@ class StateFiles(NamedTuple):
 def make_files(directory: Path) -> StateFiles:
     """The files in ``directory``, made where they are missing, with durable names, and locked.
 
-    The directory is made in its existing parent. Raises StorageUnavailable if the lock is another's, StorageError.
+    The directory is made in its existing parent. Raises OverlayInUse, StorageError.
     """
     try:
         directory.mkdir(DIRECTORY_MODE, exist_ok=True)
@@ -172,12 +176,11 @@ class _File:
         self._path = path
 
     def lock(self) -> None:
-        """Be the only one who has this file open. Raises StorageUnavailable."""
+        """Be the only one who has this file open. Raises OverlayInUse, StorageError."""
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
-            hint = "only one process may write it: end the other one, or begin another overlay"
-            raise StorageUnavailable(f"the overlay {self._path.parent} is in use", hint=hint) from exc
+            raise OverlayInUse(f"the overlay {self._path.parent} is in use") from exc
         except OSError as exc:
             raise _error(exc, f"lock {self._path}") from exc
 
@@ -263,6 +266,14 @@ class _File:
             os.fdatasync(self._fd)
         except OSError as exc:
             raise _error(exc, f"sync {self._path}") from exc
+
+    def unnamed(self) -> _File:
+        directory = self._path.parent
+        try:
+            fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, FILE_MODE)
+        except OSError as exc:
+            raise _error(exc, f"create a file in {directory}") from exc
+        return _File(fd, directory / "(unnamed)")
 
     def close(self) -> None:
         # What must be durable was synced: close has nothing to tell that matters.

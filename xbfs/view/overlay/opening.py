@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from xbfs.view.overlay.files import existing_files, header_content, make_files
 from xbfs.view.overlay.header import FILE_BYTES, IDENTITY_BYTES_MAX, Header, decode
-from xbfs.view.overlay.overlay import Overlay, store
-from xbfs_engine.core.errors import BlobNotFound, IntegrityError, TargetExists, UsageError
+from xbfs.view.overlay.overlay import Overlay
+from xbfs.view.overlay.state import store
+from xbfs_engine.core.errors import BlobNotFound, IntegrityError, OverlayMismatch, TargetExists, UsageError
 from xbfs_engine.core.limits import DISK_SIZE_MAX
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def create_overlay(directory: Path, base: RandomAccess, *, identity: bytes) -> O
     """A new overlay over ``base`` in ``directory``, which is made if its parent is there; durable when this returns.
 
     ``identity`` says which disk ``base`` is: at most 432 bytes that only the caller understands. Raises TargetExists
-    if there is an overlay, StorageUnavailable if it is open elsewhere, UsageError, StorageFull, StorageError.
+    if there is an overlay, OverlayInUse, UsageError, StorageFull, StorageError.
     """
     files = make_files(directory)
     try:
@@ -37,8 +38,8 @@ def create_overlay(directory: Path, base: RandomAccess, *, identity: bytes) -> O
 def open_overlay(directory: Path, base: RandomAccess, *, identity: bytes) -> Overlay:
     """The overlay in ``directory``, as its last flush left it or younger; reads the whole map.
 
-    Raises BlobNotFound if there is none, StorageUnavailable if it is open elsewhere, UsageError if it lies over another
-    disk, FormatTooNew, IntegrityError, StorageError.
+    Raises BlobNotFound if there is none, OverlayInUse, OverlayMismatch if it lies over another disk, FormatTooNew,
+    IntegrityError, StorageError.
     """
     files = existing_files(directory)
     try:
@@ -76,7 +77,7 @@ def begin(files: StateFiles, base: RandomAccess, *, identity: bytes) -> Overlay:
 def resume(files: StateFiles, base: RandomAccess, *, identity: bytes) -> Overlay:
     """The overlay in ``files`` as its last flush left it, or younger. Ends what a crash cut short.
 
-    Raises BlobNotFound, UsageError if ``base`` is not what it was made for, FormatTooNew, IntegrityError, StorageError.
+    Raises BlobNotFound, OverlayMismatch, FormatTooNew, IntegrityError, StorageError.
     """
     header = decode(files.header.read_at(0, FILE_BYTES))
     if header is None:
@@ -84,7 +85,8 @@ def resume(files: StateFiles, base: RandomAccess, *, identity: bytes) -> Overlay
             raise IntegrityError("the overlay's header is blank", hint="bring the file back from a copy")
         raise BlobNotFound("the overlay was never finished", hint="create it again")
     if header.identity != identity or header.base_size != base.size_bytes:
-        raise UsageError("the overlay belongs to another disk", hint="give the restore point and disk it was made for")
+        made_for = header.identity.decode(errors="replace")
+        raise OverlayMismatch(f"the overlay was made for {made_for!r} of {header.base_size} bytes")
     length = files.data.size()
     if length < header.size:
         hint = "the data file was cut: bring it back from a copy, or begin a new overlay"

@@ -7,11 +7,11 @@ from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
-from xbfs.view.overlay.unitmap import ABSENT, DATA, UNIT, ZERO, runs_of
+from xbfs.view.overlay.unitmap import ABSENT, COPIED, DATA, UNIT, ZERO, runs_of
 from xbfs_engine.core.limits import MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from xbfs.view.base import Part
 
@@ -35,7 +35,10 @@ class Region(NamedTuple):
     layer: Layer
 
 
-LAYERS: Final = {ABSENT: Layer.BASE, DATA: Layer.DATA, ZERO: Layer.ZERO}
+LAYERS: Final = {ABSENT: Layer.BASE, DATA: Layer.DATA, ZERO: Layer.ZERO, COPIED: Layer.BASE}
+
+Run = tuple[int, int, int]
+"""(start, stop, state): units in the map's runs, bytes in all others."""
 
 
 def merged(pieces: Iterable[tuple[int, int, _Kind]]) -> Iterator[tuple[int, int, _Kind]]:
@@ -45,10 +48,38 @@ def merged(pieces: Iterable[tuple[int, int, _Kind]]) -> Iterator[tuple[int, int,
         yield run[0][0], sum([length for _, length, _ in run]), kind
 
 
-def byte_runs(states: bytes, first: int, offset: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Runs (start, stop, state) in bytes that cover [offset, end), for ``states`` of units from ``first`` on."""
+def byte_runs(states: bytes, first: int, offset: int, end: int) -> Iterator[Run]:
+    """Runs in bytes that cover [offset, end), for ``states`` of units from ``first`` on."""
     for low, high, state in runs_of(states, first):
         yield max(low * UNIT, offset), min(high * UNIT, end), state
+
+
+def layered(runs: Iterable[Run], limit: int, offset: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Pieces (offset, length, state) in bytes that cover [offset, end), for ``runs`` of units; not always as long as
+    can be. What would be the base's behind ``limit``, where it ended, is ZERO."""
+    for first, last, state in runs:
+        start, stop = max(first * UNIT, offset), min(last * UNIT, end)
+        base_end = base_end_in(start, stop, limit) if LAYERS[state] is Layer.BASE else stop
+        if base_end > start:
+            yield start, base_end - start, state
+        if stop > base_end:
+            yield base_end, stop - base_end, ZERO
+
+
+def base_end_in(start: int, stop: int, limit: int) -> int:
+    """How far the base reaches in [start, stop) if it ends at ``limit``; at least ``start``."""
+    return max(start, min(stop, limit))
+
+
+def gathered(runs: Iterable[Run], fetch: Callable[[int, int, int], Sequence[Part] | None]) -> list[Part] | None:
+    """What ``fetch`` gives for each run; None as soon as it gives that."""
+    parts: list[Part] = []
+    for run in runs:
+        found = fetch(*run)
+        if found is None:
+            return None
+        parts += found
+    return parts
 
 
 def zeros(length: int) -> list[Part]:

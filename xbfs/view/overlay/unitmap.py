@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from xbfs_engine.core.errors import IntegrityError
 from xbfs_engine.core.limits import KIB, MIB
 
 if TYPE_CHECKING:
@@ -27,15 +26,15 @@ if TYPE_CHECKING:
 
 UNIT: Final = 4 * KIB
 """Bytes of a unit: what file systems of guests and the page cache write; bigger ones are filled from the base more."""
-ABSENT, DATA, ZERO = range(3)
-"""States: the unit is the base's | in the data file | zeros. 3 is damage."""
+ABSENT, DATA, ZERO, COPIED = range(4)
+"""States: the unit is the base's | in the data file | zeros | in the data file, as the base has it."""
 PAGE_BYTES: Final = 4 * KIB
 """Of the map file, for 64 MiB of disk."""
 PAGE_UNITS: Final = PAGE_BYTES * 4
 PAGES_MAX: Final = 2048
 """Pages in memory: 32 MiB, which tell of 128 GiB of disk. Half as many may wait for a flush."""
 
-_RUNS: Final = re.compile(rb"\x00+|\x01+|\x02+")
+_RUNS: Final = re.compile(rb"\x00+|\x01+|\x02+|\x03+")
 _SHIFTS: Final = np.array([0, 2, 4, 6], np.uint8)
 _STATES: Final = np.arange(256, dtype=np.uint8)[:, None] >> _SHIFTS & 3
 """The four states in a byte of the file: the first is in the lowest bits."""
@@ -50,7 +49,7 @@ def runs_of(states: bytes | bytearray, first: int) -> Iterator[tuple[int, int, i
 
 
 class UnitMap:
-    """The states of all units: ABSENT where nothing was ever marked. Methods raise StorageError, IntegrityError."""
+    """The states of all units: ABSENT where nothing was ever marked. Methods raise StorageError."""
 
     def __init__(self, file: StateFile, *, pages_max: int = PAGES_MAX) -> None:
         self._file = file
@@ -63,7 +62,7 @@ class UnitMap:
         self._underway: set[int] = set()
         self._reserved: set[int] = set()
         # Units by state; of ABSENT it is a difference that nobody asks for.
-        self._counts = [0, 0, 0]
+        self._counts = [0, 0, 0, 0]
 
     @property
     def is_crowded(self) -> bool:
@@ -74,7 +73,7 @@ class UnitMap:
         return len(self._dirty) >= self._pages_max // 2
 
     def count(self, state: int) -> int:
-        """How many units are in ``state``, DATA or ZERO."""
+        """How many units are in ``state``; not ABSENT."""
         return self._counts[state]
 
     def states(self, first: int, last: int) -> bytes:
@@ -103,19 +102,29 @@ class UnitMap:
     def runs(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
         """Runs (first, last, state) that cover [first, last), not always as long as can be; what was never marked
         costs nothing. What changes meanwhile is told or not."""
-        with self._lock:
-            waiting = sorted(self._dirty | self._underway)
         at = first
-        for number in self._pages_told(first // PAGE_UNITS, waiting):
+        for number in self.told(first, last):
             low, high = max(first, number * PAGE_UNITS), min(last, (number + 1) * PAGE_UNITS)
-            if low >= last:
-                break
             if at < low:
                 yield at, low, ABSENT
             yield from runs_of(self.states(low, high), low)
             at = high
         if at < last:
             yield at, last, ABSENT
+
+    def told(self, first: int, last: int) -> list[int]:
+        """Numbers of the pages of units [first, last) that may tell of changes, ascending; all others are ABSENT."""
+        low, high = first // PAGE_UNITS, -(-last // PAGE_UNITS)
+        with self._lock:
+            found = {number for number in self._dirty | self._underway if low <= number < high}
+        at = low
+        while at < high:
+            place = self._file.next_data(at * PAGE_BYTES)
+            if place is None or place >= high * PAGE_BYTES:
+                break
+            at = place // PAGE_BYTES + 1
+            found.add(at - 1)
+        return sorted(found)
 
     def reserve(self, first: int, last: int) -> None:
         """Have room in the file for marks of [first, last), so that a flush does not meet a full disk."""
@@ -138,6 +147,20 @@ class UnitMap:
                 self._counts[state] += length
                 page[start : start + length] = bytes([state]) * length
                 self._dirty.add(number)
+
+    def turn(self, first: int, last: int, old: int, new: int) -> None:
+        """Set the units in [first, last) that are in state ``old`` to ``new``; may race with marks and turns."""
+        for low, high in _by_page(first, last):
+            number = low // PAGE_UNITS
+            start, length = low % PAGE_UNITS, high - low
+            with self._lock:
+                page = self._page(number)
+                states = page[start : start + length]
+                if found := states.count(old):
+                    self._counts[old] -= found
+                    self._counts[new] += found
+                    page[start : start + length] = states.replace(bytes([old]), bytes([new]))
+                    self._dirty.add(number)
 
     def taken(self) -> dict[int, bytes]:
         """The pages the file does not have, as they are now, for ``write``; followed by ``kept`` or ``lost``."""
@@ -178,17 +201,15 @@ class UnitMap:
             self.mark(units, end, ABSENT)
 
     def recount(self) -> None:
-        """Count the units in the file, which has all pages. Raises IntegrityError if it holds what no map does."""
+        """Count the units in the file, which has all pages."""
         counts = np.zeros(4, np.int64)
         at = self._file.next_data(0)
         while at is not None:
             content = self._file.read_at(at, MIB)
             counts += np.bincount(np.frombuffer(content, np.uint8), minlength=256) @ _IN_BYTE
             at = self._file.next_data(at + len(content)) if content else None
-        if counts[3]:
-            raise _damaged(f"{counts[3]} units")
         with self._lock:
-            self._counts = [0, int(counts[DATA]), int(counts[ZERO])]
+            self._counts = [0, *map(int, counts[1:])]
 
     def _page(self, number: int) -> bytearray:
         """A page; the lock is held, but let go of while the file is read."""
@@ -221,26 +242,7 @@ class UnitMap:
         content = self._file.read_at(number * PAGE_BYTES, PAGE_BYTES).ljust(PAGE_BYTES, b"\0")
         if not content.strip(b"\0"):
             return bytearray(PAGE_UNITS)
-        page = bytearray(_STATES[np.frombuffer(content, np.uint8)].tobytes())
-        if 3 in page:
-            raise _damaged(f"page {number}")
-        return page
-
-    def _pages_told(self, first: int, waiting: list[int]) -> Iterator[int]:
-        """Numbers of pages from ``first`` on that may tell of changes, ascending: in the file, or ``waiting``."""
-        at = first
-        pending = [number for number in reversed(waiting) if number >= first]
-        while True:
-            place = self._file.next_data(at * PAGE_BYTES)
-            if place is None and not pending:
-                return
-            if place is None or (pending and pending[-1] * PAGE_BYTES <= place):
-                number = pending.pop()
-            else:
-                number = place // PAGE_BYTES
-            if number >= at:
-                yield number
-                at = number + 1
+        return bytearray(_STATES[np.frombuffer(content, np.uint8)].tobytes())
 
 
 def _by_page(first: int, last: int) -> Iterator[tuple[int, int]]:
@@ -256,8 +258,3 @@ def _packed(page: bytes) -> bytes:
     fours = np.frombuffer(page, np.dtype("<u4"))
     packed: NDArray[np.uint8] = (fours | fours >> 6 | fours >> 12 | fours >> 18).astype(np.uint8)
     return packed.tobytes()
-
-
-def _damaged(where: str) -> IntegrityError:
-    hint = "the map of the overlay was overwritten by something else: begin a new overlay"
-    return IntegrityError(f"{where} of the overlay's map hold a state that does not exist", hint=hint)

@@ -1,0 +1,152 @@
+"""The files of an open overlay, what is known of them in memory, and the order in which they become durable.
+
+Owns flushing, changes of the size and what a failed sync does to all that follows: ADR 0007 argues the orders. What
+the bytes of a unit are is ``overlay``'s. Any thread may call anything; where the ranges must be held it is told.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from xbfs.view.overlay.header import COPY_OFFSETS, Header, encode
+from xbfs.view.overlay.ranges import RangeLock
+from xbfs.view.overlay.rounds import Rounds
+from xbfs.view.overlay.unitmap import UNIT, UnitMap
+from xbfs_engine.core.errors import StorageError, XbfsError
+from xbfs_engine.core.limits import DISK_SIZE_MAX
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from xbfs.view.overlay.files import StateFile, StateFiles
+    from xbfs.view.overlay.freeze import Saved
+
+_ALL_UNITS: Final = -(-DISK_SIZE_MAX // UNIT)
+
+
+def store(file: StateFile, header: Header) -> None:
+    """Have ``header`` in both copies, durably, one after the other: never touches both at once. Raises StorageError."""
+    record = encode(header)
+    # What a process that was killed had written may be in memory alone.
+    file.sync()
+    for offset in COPY_OFFSETS:
+        if file.read_at(offset, len(record)) != record:
+            file.write_at(offset, [record])
+            file.sync()
+
+
+class State:
+    """What is open of an overlay. Writers hold ``ranges`` for the units they change; readers hold nothing."""
+
+    def __init__(self, files: StateFiles, header: Header) -> None:
+        self._files = files
+        self._rounds = Rounds(self._sync)
+        self._is_data_unsynced = False
+        self._failure: XbfsError | None = None
+        self.data = files.data
+        self.map = UnitMap(files.map)
+        self.ranges = RangeLock()
+        self.header = header
+        self.shrinks = 0
+        self.saved: Saved | None = None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Between all writes: waits for those that run, and keeps new ones waiting."""
+        self.ranges.acquire(0, _ALL_UNITS)
+        try:
+            yield
+        finally:
+            self.ranges.release(0, _ALL_UNITS)
+
+    def admit(self) -> None:
+        """Refuse what would change anything after a failure; flush if the map can not take more."""
+        self._check()
+        if self.map.is_crowded:
+            self.flush()
+
+    def wrote(self) -> None:
+        """Bytes of the data file have changed. Called after the bytes and before the mark: a flush that takes the mark
+        syncs the data, one that clears this has it."""
+        self._is_data_unsynced = True
+
+    def flush(self) -> None:
+        """What was acknowledged before this call survives any crash. Raises StorageFull (try again), StorageError."""
+        self._rounds.run()
+
+    def resize(self, size_bytes: int) -> None:
+        """Cut off the end, or add zeros, durably, for who is alone. Raises StorageFull (no change), StorageError."""
+        with self._rounds.alone:
+            header = self.header.resized(size_bytes)
+            if size_bytes > self.header.size:
+                # The data file first: it is never shorter than the header says.
+                self.data.truncate(size_bytes)
+                self._synced(self.data)
+                self._store(header)
+            elif size_bytes < self.header.size:
+                # The header first: what the map forgets must not show the base again.
+                with self._no_return():
+                    self._store(header)
+                    self.shrinks += 1
+                    self.settle()
+
+    def settle(self) -> None:
+        """Bring the files in line with the header's size, durably; nobody else writes. For opening and resizing."""
+        size = self.header.size
+        self.map.cut(-(-size // UNIT))
+        if self.data.size() > size:
+            self.data.truncate(size)
+        self._sync(everything=True)
+        self.map.recount()
+
+    def close(self) -> None:
+        """Flush, unless something failed, and let go of the files and the lock. Raises as ``flush``."""
+        try:
+            if self._failure is None:
+                self.flush()
+        finally:
+            if self.saved is not None:
+                self.saved.broken_by(StorageError("the overlay was closed"))
+                self.saved.close()
+                self.saved = None
+            self._files.close()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            hint = "the disk may have lost what was written since the last good flush: close the overlay and open it"
+            raise StorageError(f"the overlay stopped: {self._failure.message}", hint=hint) from self._failure
+
+    def _store(self, header: Header) -> None:
+        with self._no_return():
+            store(self._files.header, header)
+        self.header = header
+
+    def _sync(self, *, everything: bool = False) -> None:
+        """A round of flushing: the marks there are now, after their data. ``everything``: even what did not change."""
+        self._check()
+        pages = self.map.taken()
+        try:
+            if self._is_data_unsynced or everything:
+                self._is_data_unsynced = False
+                self._synced(self.data)
+            self.map.write(pages)
+            if pages or everything:
+                self._synced(self._files.map)
+        except BaseException:
+            self.map.lost()
+            raise
+        self.map.kept()
+
+    def _synced(self, file: StateFile) -> None:
+        with self._no_return():
+            file.sync()
+
+    @contextmanager
+    def _no_return(self) -> Iterator[None]:
+        """After an error in here nobody knows what the disk has: nothing may be built on it."""
+        try:
+            yield
+        except XbfsError as exc:
+            self._failure = self._failure or exc
+            raise
