@@ -12,6 +12,8 @@ from xbfs_engine.core.errors import (
     ImageUnsupported,
     KeyNotHeld,
     PointNotFound,
+    SessionBusy,
+    StorageFull,
     UsageError,
 )
 
@@ -25,10 +27,12 @@ _ERRNOS: Final[dict[type[XbfsError], int]] = {
     ImageUnsupported: errno.EOPNOTSUPP,
     KeyNotHeld: errno.EACCES,
     PointNotFound: errno.ENOENT,
+    SessionBusy: errno.EBUSY,
+    StorageFull: errno.ENOSPC,
     UsageError: errno.EINVAL,
 }
 
 
 def errno_of(problem: XbfsError) -> int:
-    """The errno a reader gets. Damage, lost blobs and storage that fails or does not answer in time are EIO."""
+    """The errno a client gets. Damage, lost blobs and storage that fails or does not answer in time are EIO."""
     return next((_ERRNOS[base] for base in type(problem).__mro__ if base in _ERRNOS), errno.EIO)

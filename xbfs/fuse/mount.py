@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
@@ -30,6 +30,8 @@ from xbfs_engine.guestfs.worker.client import GuestWorkers
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import pyfuse3
+
     from xbfs.fuse.operations import Operations
     from xbfs.vfs.filesystem import Changes
     from xbfs.vfs.guests.source import Guests
@@ -44,6 +46,8 @@ USABLE_S: Final = 10.0
 """What the kernel gets to answer the first stat of a new mount."""
 GRACE_S: Final = 2.0
 """What requests under way get when the server is told to stop."""
+
+Plane = TypeVar("Plane", bound=DataPlane)
 
 _log = Logger("xbfs.mount")
 
@@ -149,6 +153,26 @@ def _by_device(
     operations: Operations, files: OpenFiles, filesystem: FileSystem, path: Path, options: MountOptions
 ) -> Iterator[DataPlane]:
     """Mounted by us; the data plane reads the device, libfuse gets what is not a read."""
+
+    def plane(device: int, ended: Callable[[], None]) -> DataPlane:
+        return DataPlane(device, files, filesystem.clock, ended=ended)
+
+    with connected(plane, operations, path, _kernel_options(options), _refusal_hint(options)) as connection:
+        yield connection
+
+
+@contextmanager
+def connected(
+    plane_of: Callable[[int, Callable[[], None]], Plane],
+    operations: pyfuse3.Operations,
+    path: Path,
+    options: set[str],
+    hint: str,
+) -> Iterator[Plane]:
+    """``path`` is mounted inside: ``plane_of`` makes the data plane of device and what it calls at the end.
+
+    Raises MountFailed with ``hint``, FuseMissing.
+    """
     import pyfuse3
 
     token = trio.lowlevel.current_trio_token()
@@ -162,10 +186,10 @@ def _by_device(
         with suppress(trio.RunFinishedError):
             token.run_sync_soon(terminate)
 
-    device = mount_device(path, _kernel_options(options), _refusal_hint(options))
-    plane = DataPlane(device, files, filesystem.clock, ended=ended)
+    device = mount_device(path, options, hint)
+    plane = plane_of(device, ended)
     try:
-        pyfuse3.init(operations, f"/dev/fd/{plane.control}", _kernel_options(options))
+        pyfuse3.init(operations, f"/dev/fd/{plane.control}", options)
         open_session = True
         plane.start()
         try:
@@ -207,7 +231,7 @@ async def _serve(filesystem: FileSystem, plane: DataPlane | None, path: Path, re
             problem = MountFailed(f"the mount on {path} does not answer: {exc}")
             nursery.cancel_scope.cancel()
         else:
-            filesystem.report.read_ahead_kib = _tune_read_ahead(status.st_dev)
+            filesystem.report.read_ahead_kib = tune_read_ahead(status.st_dev)
             ready()
             nursery.start_soon(_keep_fresh, filesystem)
     if plane is not None and plane.problem is not None:
@@ -258,7 +282,7 @@ def _refusal_hint(options: MountOptions) -> str:
     return "" if options.data_plane is DataPlaneKind.DEVICE else f"see the message of {mountpoint.FUSERMOUNT} above"
 
 
-def _tune_read_ahead(device: int) -> int | None:
+def tune_read_ahead(device: int) -> int | None:
     """Set the kernel's read-ahead where we may; returns what it is now, in KiB, if that can be read."""
     setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
     with suppress(OSError):

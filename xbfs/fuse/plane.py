@@ -20,6 +20,7 @@ import sys
 import threading
 from collections import deque
 from contextlib import suppress
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
@@ -29,6 +30,7 @@ import trio
 from xbfs.fuse import wire
 from xbfs.fuse.errnos import errno_of
 from xbfs.vfs.gate import Parked
+from xbfs.vfs.live.calls import Refused, refused
 from xbfs.vfs.pool import cores
 from xbfs_engine.core.errors import StorageTimeout, XbfsError
 from xbfs_engine.core.log import Logger
@@ -55,17 +57,22 @@ _log = Logger("xbfs.mount")
 
 
 class _Waiting(NamedTuple):
-    """A request that may have to wait for the storage, how it is answered, and since when it waits."""
+    """A request that may have to wait, how it is answered, since when it waits, and for how long it may."""
 
     file: OpenFile
     call: Callable[[], Sequence[Part]]
     offset: int
     size: int
     began_s: float
+    limit_s: float
 
 
-class _NoSuchPlace(Exception):
-    """There is no data, or hole, behind an offset."""
+class Outcome(Enum):
+    """What became of a request: not one of ours | answered, or it will be | also, and this thread is to end."""
+
+    FOREIGN = "foreign"
+    DONE = "done"
+    LEAVE = "leave"
 
 
 class DataPlane:
@@ -74,6 +81,10 @@ class DataPlane:
     ``control`` is the descriptor that libfuse shall take for the device; libfuse closes it. ``problem`` says why, if it
     was not the kernel that ended it.
     """
+
+    # The kernel keeps the targets of links: `latest` is in the path of every file that is looked at.
+    init_flags: tuple[int, int] = (wire.INIT_CACHE_SYMLINKS, 0)
+    """Flags of libfuse's answer to INIT that are added and taken away on its way (``pump``)."""
 
     def __init__(self, device: int, files: OpenFiles, clock: Clock, *, ended: Callable[[], None]) -> None:
         self._device = device
@@ -95,7 +106,7 @@ class DataPlane:
         self._relay = ours
         self.control = theirs.detach()
         self._pump = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(PUMP), str(ours.fileno()), str(device)],
+            [sys.executable, "-I", "-S", str(PUMP), str(ours.fileno()), str(device), *map(hex, self.init_flags)],
             pass_fds=(ours.fileno(), device),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -167,7 +178,9 @@ class DataPlane:
                     parts = image.parts_cached(offset, length)
                     if parts is not None:
                         self._answer(unique, parts)
-                    elif not self._wait(unique, image, partial(image.parts_now, offset, length), offset, length):
+                    elif not self._wait(
+                        unique, image, partial(image.parts_now, offset, length), offset, length, image.timeout_s
+                    ):
                         return
                     continue
             if opcode == wire.LSEEK:
@@ -177,50 +190,61 @@ class DataPlane:
                     seek = partial(_sought, image, offset, data=whence == os.SEEK_DATA)
                     if not image.seek_waits:
                         self._answer_now(unique, seek)
-                    elif not self._wait(unique, image, seek, offset, 0):
+                    elif not self._wait(unique, image, seek, offset, 0, image.timeout_s):
                         return
                     continue
-            if not self._handled(opcode, unique, buffer):
+            outcome = self._handled(opcode, unique, view)
+            if outcome is Outcome.LEAVE:
+                return
+            if outcome is Outcome.FOREIGN:
                 with suppress(OSError):  # libfuse is gone: so is the mount, soon
                     self._relay.send(view[:size])
         self._end()
 
-    def _handled(self, opcode: int, unique: int, request: bytearray) -> bool:
+    def _handled(self, opcode: int, unique: int, request: memoryview) -> Outcome:
         """Answer what is neither an image's read nor libfuse's."""
         if opcode == wire.READ:
             handle, offset, length = wire.READ_IN.unpack_from(request, wire.IN_HEADER.size)
             text = self._files.texts.get(handle)
             if text is None:
-                return False
+                return Outcome.FOREIGN
             self._answer(unique, (text[offset : offset + length],))
         elif opcode == wire.READLINK:
             # The kernel keeps no target, and `latest` is in the path of every file that `ls -l` asks about.
             target = self._files.link_target(wire.IN_HEADER.unpack_from(request)[3])
             if target is None:
-                return False
+                return Outcome.FOREIGN
             self._answer(unique, (target,))
         elif opcode == wire.OPENDIR:
             # pyfuse3 has no way to say that the kernel may keep a listing.
             number = self._files.open_settled(wire.IN_HEADER.unpack_from(request)[3])
             if number is None:
-                return False
+                return Outcome.FOREIGN
             self._answer(unique, (wire.OPEN_OUT.pack(number, wire.KEPT_LISTING, 0),))
         elif opcode == wire.INTERRUPT:
             # The kernel then sends no more of them. libfuse would wait for a request that it never sees.
             self._refuse(unique, errno.ENOSYS)
         else:
-            return False
-        return True
+            return Outcome.FOREIGN
+        return Outcome.DONE
 
     def _answer_now(self, unique: int, seek: Callable[[], Sequence[Part]]) -> None:
         try:
             self._answer(unique, seek())
-        except _NoSuchPlace:
-            self._refuse(unique, errno.ENXIO)
+        except Refused as exc:
+            self._refuse(unique, exc.errno)
 
-    def _wait(self, unique: int, file: OpenFile, call: Callable[[], Sequence[Part]], offset: int, size: int) -> bool:
-        """Make a call that may wait for the storage and answer; False if this thread is not needed any more."""
-        self._waiting[unique] = _Waiting(file, call, offset, size, self._clock.monotonic_s())
+    def _wait(
+        self,
+        unique: int,
+        file: OpenFile,
+        call: Callable[[], Sequence[Part]],
+        offset: int,
+        size: int,
+        limit_s: float,
+    ) -> bool:
+        """Make a call that may wait and answer; False if this thread is not needed any more."""
+        self._waiting[unique] = _Waiting(file, call, offset, size, self._clock.monotonic_s(), limit_s)
         with self._lock:
             self._busy += 1
             alone = self._busy >= self._threads
@@ -244,14 +268,14 @@ class DataPlane:
         try:
             parts = waiting.call()
         except Parked as exc:
-            exc.park(lambda: self._resume(unique))
+            self._park(exc, unique, waiting.call)
             return
-        except _NoSuchPlace:
-            code = errno.ENXIO
+        except Refused as exc:
+            code = exc.errno
         except XbfsError as exc:
             problem, code = exc, errno_of(exc)
-        except Exception as exc:  # noqa: BLE001 - a bug there must cost one read, not the mount
-            _log.error("a read failed for a reason of our own", exc_info=exc)
+        except Exception as exc:  # noqa: BLE001 - a bug there must cost one request, not the mount
+            _log.error("a request failed for a reason of our own", exc_info=exc)
             code = errno.EIO
         if self._waiting.pop(unique, None) is None:
             return
@@ -261,6 +285,10 @@ class DataPlane:
         self._refuse(unique, code)
         if problem is not None:
             waiting.file.failed(waiting.offset, waiting.size, problem)
+
+    def _park(self, stalled: Parked, unique: int, _call: Callable[[], Sequence[Part]]) -> None:
+        """Have the request answered later; whatever the call needs of the request's bytes is overwritten then."""
+        stalled.park(lambda: self._resume(unique))
 
     def _resume(self, unique: int) -> None:
         """The blob answers again: read in a thread of its own, all that were parked one after the other."""
@@ -275,7 +303,7 @@ class DataPlane:
     def _expire(self) -> None:
         now_s = self._clock.monotonic_s()
         for unique, waiting in list(self._waiting.items()):
-            limit_s = waiting.file.timeout_s
+            limit_s = waiting.limit_s
             if now_s - waiting.began_s >= limit_s and self._waiting.pop(unique, None) is not None:
                 self._refuse(unique, errno.EIO)
                 problem = StorageTimeout(f"no answer from the storage within {limit_s:g} s")
@@ -300,5 +328,5 @@ class DataPlane:
 def _sought(file: OpenFile, offset: int, *, data: bool) -> Sequence[Part]:
     position = file.seek(offset, data=data)
     if position is None:
-        raise _NoSuchPlace
+        raise refused(errno.ENXIO)
     return (wire.LSEEK_OUT.pack(position),)

@@ -17,23 +17,46 @@ READ_IN: Final = struct.Struct("=QQI")
 LSEEK_IN: Final = struct.Struct("=QQI")
 """File handle, offset, whence."""
 LSEEK_OUT: Final = struct.Struct("=Q")
+WRITE_IN: Final = struct.Struct("=QQIIQII")
+"""File handle, offset, size, flags of the write, lock owner, flags of the file, nothing; the bytes follow."""
+WRITE_OUT: Final = struct.Struct("=II")
+"""Size, nothing."""
+FSYNC_IN: Final = struct.Struct("=QII")
+"""File handle, flags, nothing."""
+FALLOCATE_IN: Final = struct.Struct("=QQQII")
+"""File handle, offset, length, mode, nothing."""
 OPEN_OUT: Final = struct.Struct("=QII")
 """File handle, flags, nothing."""
 
 READLINK: Final = 5
 READ: Final = 15
+WRITE: Final = 16
+FSYNC: Final = 20
 OPENDIR: Final = 27
 INTERRUPT: Final = 36
+FALLOCATE: Final = 43
 LSEEK: Final = 46
 
 KEPT_LISTING: Final = 1 << 1 | 1 << 3
 """FOPEN_KEEP_CACHE and FOPEN_CACHE_DIR: the kernel keeps what a directory lists, also over its openings."""
 
+WRITE_DROPS_PRIVILEGES: Final = 1 << 2
+"""FUSE_WRITE_KILL_SUIDGID, of the flags of a write."""
+FSYNC_DATA: Final = 1 << 0
+"""FUSE_FSYNC_FDATASYNC."""
+
+INIT_AUTO_INVAL_DATA: Final = 1 << 12
+INIT_CACHE_SYMLINKS: Final = 1 << 23
+INIT_KILLPRIV_V2: Final = 1 << 28
+"""FUSE_AUTO_INVAL_DATA and so on, of the flags of INIT's answer; kernels ignore what they do not know."""
+
 REQUEST_MAX: Final = (1 << 20) + 8192
-"""Less is refused by read(2): room for a write of libfuse's max_write (1 MiB) with its headers, though none comes."""
+"""Less is refused by read(2): room for a write of libfuse's max_write (1 MiB) with its headers."""
 
 assert IN_HEADER.size == 40
 assert OUT_HEADER.size == 16
+assert WRITE_IN.size == 40
+assert FALLOCATE_IN.size == 32
 
 
 def answer(unique: int, size_bytes: int) -> bytes:

@@ -1,0 +1,108 @@
+"""A live mount for tests: one session in a state directory of its own, a server process, and a clean-up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from xbfs.fuse.mountpoint import mounts
+from xbfs.vfs.live.stubs import place_stub
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+ROOT = Path(__file__).resolve().parents[2]
+END_S = 20
+SESSION = "vm"
+
+
+class LiveMounted:
+    """Inside ``with`` a server shows a session whose disks are ``disk``s; everything lies below ``folder``."""
+
+    def __init__(self, folder: Path, *, deadline_s: float = 30.0) -> None:
+        self.state = folder / "sessions"
+        self.mount = folder / "live"
+        self.control = folder / "control"
+        self.log = folder / "log"
+        self.deadline_s = deadline_s
+        for path in (self.state, self.mount, self.control):
+            path.mkdir(parents=True, exist_ok=True)
+        self.server: subprocess.Popen[str] | None = None
+
+    @property
+    def directory(self) -> Path:
+        """The session in the mount."""
+        return self.mount / SESSION
+
+    @property
+    def backing(self) -> Path:
+        return self.state / SESSION / "tree"
+
+    def disk(self, path: str, key: str, size: int, chunks: Sequence[int] = (), *, session: str = SESSION) -> None:
+        """A disk of ``size`` bytes whose ``chunks`` (of 64 KiB) hold something."""
+        home = self.state / session
+        (home / "disks").mkdir(parents=True, exist_ok=True)
+        (home / "disks" / key).write_text(f"{size};{','.join(map(str, chunks))}")
+        place_stub(home / "tree", path, key)
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "tests.support.live_server", self.state, self.mount, self.control]
+        command += ["--deadline", self.deadline_s]
+        with self.log.open("ab") as log:
+            self.server = subprocess.Popen(
+                [*map(str, command)],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "engine")])},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        assert self.server.stdout is not None
+        if self.server.stdout.readline() != "ready\n":
+            self.wait()
+            raise AssertionError(self.log.read_text())
+
+    def wait(self) -> int:
+        assert self.server is not None
+        code = self.server.wait(END_S)
+        assert self.server.stdout is not None
+        self.server.stdout.close()
+        return code
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Signal the server, and take what it leaves mounted away."""
+        assert self.server is not None
+        self.server.send_signal(number)
+        try:
+            code = self.wait()
+        except subprocess.TimeoutExpired:
+            self.server.kill()
+            code = self.wait()
+        if str(self.mount) in mounts():
+            with suppress(subprocess.CalledProcessError):
+                subprocess.run(["fusermount3", "-u", "-z", str(self.mount)], check=True)
+        return code
+
+    def restart(self, number: signal.Signals = signal.SIGTERM) -> None:
+        self.stop(number)
+        self.start()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        (self.control / "hang").unlink(missing_ok=True)
+        if self.server is not None and self.server.poll() is None:
+            self.stop()
+        if exc is not None:
+            sys.stderr.write(self.log.read_text())

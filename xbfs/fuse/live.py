@@ -1,0 +1,116 @@
+"""The life of the writable mount: mount, serve sessions until cancelled or unmounted, unmount.
+
+Not ``xbfs mount``, which the kernel keeps read-only: this one shows only sessions (``xbfs.vfs.live``). libfuse keeps
+one mount per process.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import trio
+
+from xbfs.fuse import mountpoint
+from xbfs.fuse.files import OpenFiles
+from xbfs.fuse.live_plane import LivePlane
+from xbfs.fuse.mount import USABLE_S, connected, tune_read_ahead
+from xbfs_engine.core.errors import MountFailed
+from xbfs_engine.core.log import Logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from xbfs.vfs.live.tree import LiveTree
+    from xbfs_engine.core.runtime import Clock
+
+NAME: Final = "xbfs-live"
+"""What the mount table says is mounted."""
+SETTLE_S: Final = 1.0
+"""How often the times of disks that are written to are put down."""
+FILES_MAX: Final = 65536
+"""Descriptors wanted: each file that the kernel knows takes one."""
+
+_log = Logger("xbfs.live")
+
+
+class LiveMount:
+    """``tree`` shown on ``directory``; to be served once. ``allow_other``: not only to the user who runs it."""
+
+    def __init__(self, tree: LiveTree, directory: Path, *, clock: Clock, allow_other: bool) -> None:
+        self._tree = tree
+        self._directory = directory
+        self._clock = clock
+        self._allow_other = allow_other
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Mount, say so once it is usable, and serve until cancelled or until somebody unmounts. Raises MountError."""
+        mountpoint.check_installed()
+
+        from xbfs.fuse.live_operations import LiveOperations
+
+        path = mountpoint.prepare(self._directory, "")
+        _allow_descriptors()
+        files = OpenFiles()
+
+        def plane_of(device: int, ended: Callable[[], None]) -> LivePlane:
+            return LivePlane(device, files, self._clock, ended=ended)
+
+        options = {"default_permissions", "nosuid", "nodev", f"fsname={NAME}", f"subtype={mountpoint.SUBTYPE}"}
+        hint = ""
+        if self._allow_other:
+            options.add("allow_other")
+            hint = "" if os.geteuid() == 0 else "allow_other needs the line user_allow_other in /etc/fuse.conf"
+        with connected(plane_of, LiveOperations(self._tree, files), path, options, hint) as plane:
+            await self._serve(plane, path, task_status)
+
+    async def _serve(self, plane: LivePlane, path: Path, task_status: trio.TaskStatus[None]) -> None:
+        import pyfuse3
+
+        problem: str | None = None
+        async with trio.open_nursery() as nursery:
+
+            async def serve_kernel() -> None:
+                nonlocal problem
+                try:
+                    await pyfuse3.main()
+                except Exception as exc:  # noqa: BLE001 - libfuse's loop; whatever it is, the mount is over
+                    _log.error("the connection to the kernel broke", exc_info=exc)
+                    problem = f"the connection to the kernel broke: {exc}"
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(plane.tend)
+            nursery.start_soon(self._tend)
+            nursery.start_soon(serve_kernel)
+            try:
+                with trio.fail_after(USABLE_S):
+                    status = await trio.to_thread.run_sync(path.stat, abandon_on_cancel=True)
+            except (trio.TooSlowError, OSError) as exc:
+                problem = f"the mount on {path} does not answer: {exc}"
+                nursery.cancel_scope.cancel()
+            else:
+                tune_read_ahead(status.st_dev)
+                task_status.started()
+        problem = plane.problem or problem
+        if problem is not None:
+            raise MountFailed(problem)
+
+    async def _tend(self) -> NoReturn:
+        """Put down times, and have the kernel forget sessions that are shown no more."""
+        import pyfuse3
+
+        while True:
+            await trio.sleep(SETTLE_S)
+            self._tree.settle()
+            while self._tree.gone:
+                pyfuse3.invalidate_entry_async(pyfuse3.ROOT_INODE, self._tree.gone.pop(), ignore_enoent=True)
+
+
+def _allow_descriptors() -> None:
+    """As many open files as the system lets us have, within reason."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_MAX if hard == resource.RLIM_INFINITY else min(FILES_MAX, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
