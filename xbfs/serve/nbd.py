@@ -1,0 +1,133 @@
+"""One session's disks by NBD: nbdkit over the session's directory in the live mount, on a unix socket and on TCP.
+
+Owns the two nbdkit of one session, the port (kept over restarts, so that clients find it again) and the certificates.
+Why nbdkit on the mounted file: docs/adr/0009-exports.md. Event-loop thread only.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final
+from urllib.parse import quote
+
+import trio
+
+from xbfs.serve.certificates import Directories, make_certificates
+from xbfs.serve.child import Program, answers, keep_running
+from xbfs_engine.core.errors import ExportFailed, StorageError
+from xbfs_engine.core.runtime import Clock, SystemClock
+from xbfs_engine.storage.files import make_directories, write_replace
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_SOCKET_PATH_MAX: Final = 107
+"""Bytes of a unix socket's path: sun_path of unix(7), less its zero."""
+_WILDCARDS: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104 - what an administrator may ask for
+
+
+@dataclass(frozen=True, slots=True)
+class NbdExport:
+    """What is exported. ``state``: a directory of this export alone; ``port`` 0: one that is free, then always that.
+
+    Without ``tls`` anybody who reaches the port reads and writes the disks.
+    """
+
+    directory: Path
+    state: Path
+    address: str = "127.0.0.1"
+    port: int = 0
+    tls: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class NbdPlace:
+    """Where clients find the disks. ``certificates``: the client's directory, None without TLS."""
+
+    socket: Path
+    address: str
+    port: int
+    certificates: Path | None
+
+    def uri(self, file: str) -> str:
+        """Of one disk on the network, for QEMU and libnbd."""
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        if self.certificates is None:
+            return f"nbd://{host}:{self.port}/{quote(file)}"
+        return f"nbds://{host}:{self.port}/{quote(file)}?tls-certificates={quote(str(self.certificates))}"
+
+    def local_uri(self, file: str) -> str:
+        """Of one disk on the unix socket, for programs of this machine."""
+        return f"nbd+unix:///{quote(file)}?socket={quote(str(self.socket))}"
+
+
+async def serve_nbd(export: NbdExport, *, task_status: trio.TaskStatus[NbdPlace], clock: Clock | None = None) -> None:
+    """Export until cancelled; started with the place once clients can connect. Raises ExportFailed before that."""
+    unix = export.state / "nbd.sock"
+    if len(os.fsencode(unix)) > _SOCKET_PATH_MAX:
+        raise ExportFailed(f"{unix} is too long for a socket", hint="choose a shorter --name or XBFS_STATE")
+    try:
+        make_directories(export.state)
+        port = _port(export)
+    except StorageError as exc:
+        raise ExportFailed(f"the state of the NBD export can not be kept: {exc}", hint=exc.hint) from exc
+    network: tuple[str, ...] = ("--ipaddr", export.address, "--port", str(port))
+    certificates: Directories | None = None
+    if export.tls:
+        certificates = make_certificates(export.state / "tls", _names(export.address), clock or SystemClock())
+        network += ("--tls=require", f"--tls-certificates={certificates.server}", "--tls-verify-peer")
+
+    async with trio.open_nursery() as nursery:
+        with suppress(FileNotFoundError):
+            unix.unlink()
+        for name, where, is_ready in (
+            ("unix", ("--unix", str(unix)), partial(answers, unix, greeting=True)),
+            ("tcp", network, partial(answers, _reached(export.address), port, greeting=True)),
+        ):
+            program = _program(export, export.state / f"nbdkit-{name}.log", where)
+            await nursery.start(partial(keep_running, program, is_ready))
+        task_status.started(NbdPlace(unix, export.address, port, certificates.client if certificates else None))
+
+
+def _program(export: NbdExport, log: Path, where: tuple[str, ...]) -> Program:
+    command = ("nbdkit", "--foreground", "--log=stderr", *where, "file", f"dir={export.directory}")
+    return Program(command, "nbdkit", export.directory, log, _hint)
+
+
+def _hint(log: str) -> str:
+    if "Address already in use" in log:
+        return "another program has that port; discard the session, or end that program"
+    if "Cannot assign requested address" in log:
+        return "that is no address of this machine"
+    return ""
+
+
+def _port(export: NbdExport) -> int:
+    """The port that was asked for, the last one, or one that is free. Raises StorageError."""
+    if export.port:
+        return export.port
+    kept = export.state / "port"
+    with suppress(OSError, ValueError):
+        return int(kept.read_text())
+    family = socket.AF_INET6 if ":" in export.address else socket.AF_INET
+    try:
+        with socket.create_server((export.address, 0), family=family) as server:
+            port: int = server.getsockname()[1]
+    except OSError as exc:
+        raise ExportFailed(f"{export.address}: {exc.strerror or exc}", hint=_hint(str(exc))) from exc
+    write_replace(kept, [str(port).encode()])
+    return port
+
+
+def _names(address: str) -> list[str]:
+    """By which clients may know this machine."""
+    addresses = [] if address in _WILDCARDS else [address]
+    return ["localhost", socket.gethostname(), "127.0.0.1", "::1", *addresses]
+
+
+def _reached(address: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)  # noqa: S104 - as above
