@@ -86,15 +86,15 @@ def _boot_partition(image: Path, content: Bootable, work: Path) -> None:
     }
     first, loader, boot = work / "first.cfg", work / "BOOTX64.EFI", work / "boot"
     first.write_text(_GRUB_FIRST)
-    grub = ["grub-mkimage", "-d", _GRUB_FILES, "-O", "x86_64-efi", "-p", "/", "-c", first, "-o", loader]
-    disk.run([*grub, *_GRUB_MODULES])
+    grub = ["grub-mkimage", "-d", str(_GRUB_FILES), "-O", "x86_64-efi", "-p", "/", "-c", str(first)]
+    disk.run([*grub, "-o", loader, *_GRUB_MODULES])
     boot.mkdir()
     for name, data in files.items():
         (boot / name).write_bytes(data)
         os.utime(boot / name, (BORN_S, BORN_S))
     # FAT16: mtools refuses a FAT32 of so few clusters.
     sector = str(_BOOT_START // 512)
-    where = ["--offset", sector, "-h", sector, image, str(_BOOT_BYTES // 1024)]
+    where = ["--offset", sector, "-h", sector, str(image), str(_BOOT_BYTES // 1024)]
     disk.run(["mkfs.vfat", "--invariant", "-F16", "-n", "XBFSBOOT", *where])
     inside = ["-i", f"{image}@@{_BOOT_START}"]
     disk.run(["mmd", *inside, "::/EFI", "::/EFI/BOOT"])
