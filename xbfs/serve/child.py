@@ -35,7 +35,8 @@ _STEADY_S: Final = 30.0
 """A program that served that long starts over with the shortest wait."""
 _LOG_LIMIT_BYTES: Final = 4 << 20
 _TAIL_BYTES: Final = 2000
-_TAIL_LINES: Final = 6
+_TAIL_LINES: Final = 8
+_TOLD_LINES: Final = 3
 _PATH: Final = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 _log = Logger("xbfs.serve")
@@ -43,39 +44,35 @@ _log = Logger("xbfs.serve")
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What is run. ``command``: without secrets, they are in files; ``package``: Debian's, told if it is missing.
-
+    """What is run. ``arguments``, asked for at each start; without secrets, they are in files.
+    ``package``: Debian's, told if it is missing.
     ``directory``: what it serves; the program is started anew if another file system is mounted there.
     ``hint`` of the last lines of its log: what to do about them, "" if nothing is known.
     """
 
-    command: tuple[str, ...]
+    name: str
+    arguments: Callable[[], tuple[str, ...]]
     package: str
     directory: Path
     log: Path
     hint: Callable[[str], str]
 
-    @property
-    def name(self) -> str:
-        """As in messages."""
-        return Path(self.command[0]).name
-
 
 async def keep_running(
-    program: Program, is_ready: Callable[[], Awaitable[bool]], *, task_status: trio.TaskStatus[None]
+    program: Program, is_ready: Callable[[], Awaitable[bool]], *, started: Callable[[], None]
 ) -> None:
-    """Run ``program`` until cancelled; started() once it serves. It is started anew whenever it ends.
+    """Run ``program`` until cancelled; ``started`` is called once, when it serves. It is started anew whenever it ends.
 
     Raises ExportFailed if it is missing or its first start fails; later failures are logged and tried again.
     """
     fails = 0
-    started = False
+    tell: Callable[[], None] | None = started
     while True:
         try:
-            served_s = await _run(program, is_ready, None if started else task_status)
-            started = True
+            served_s = await _run(program, is_ready, tell)
+            tell = None
         except ExportFailed as exc:
-            if not started:
+            if tell is not None:
                 raise
             served_s = 0.0
             _log.warning("export_does_not_start", program=program.name, problem=str(exc))
@@ -83,9 +80,7 @@ async def keep_running(
         await trio.sleep(_BACKOFF_S[min(max(fails - 1, 0), len(_BACKOFF_S) - 1)])
 
 
-async def _run(
-    program: Program, is_ready: Callable[[], Awaitable[bool]], task_status: trio.TaskStatus[None] | None
-) -> float:
+async def _run(program: Program, is_ready: Callable[[], Awaitable[bool]], started: Callable[[], None] | None) -> float:
     """Once, until it ended or has to; returns for how many seconds it served. Raises ExportFailed if it never did."""
     child = _start(program)
     try:
@@ -94,8 +89,8 @@ async def _run(
                 await trio.sleep(_POLL_S)
         if child.poll() is not None or deadline.cancelled_caught:
             raise _failed(program, child.returncode)
-        if task_status is not None:
-            task_status.started()
+        if started is not None:
+            started()
         begin = trio.current_time()
         await _watch(child, program)
         return trio.current_time() - begin
@@ -117,7 +112,7 @@ async def _watch(child: subprocess.Popen[bytes], program: Program) -> None:
 
 
 def _start(program: Program) -> subprocess.Popen[bytes]:
-    found = which(program.command[0], path=_PATH)
+    found = which(program.name, path=_PATH)
     if found is None:
         raise ExportFailed(f"{program.name} is not installed", hint=f"apt install {program.package}")
     with suppress(OSError):
@@ -128,7 +123,7 @@ def _start(program: Program) -> subprocess.Popen[bytes]:
             # setpriv has the kernel end the child with us; a function between fork and exec would not be safe: the
             # live server has threads.
             return subprocess.Popen(
-                ("/usr/bin/setpriv", "--pdeathsig", "KILL", "--", found, *program.command[1:]),
+                ("/usr/bin/setpriv", "--pdeathsig", "KILL", "--", found, *program.arguments()),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -178,7 +173,7 @@ def _failed(program: Program, status: int | None) -> ExportFailed:
     what = f"does not serve after {START_DEADLINE_S:.0f} s" if status is None else f"ended with status {status}"
     lines = log_tail(program.log)
     hint = program.hint("\n".join(lines)) or f"its log is {program.log}"
-    return ExportFailed(f"{program.name} {what}: {' | '.join(lines) or 'it logged nothing'}", hint=hint)
+    return ExportFailed(f"{program.name} {what}: {' | '.join(lines[-_TOLD_LINES:]) or 'it logged nothing'}", hint=hint)
 
 
 def log_tail(log: Path) -> list[str]:
@@ -192,13 +187,14 @@ def log_tail(log: Path) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()][-_TAIL_LINES:]
 
 
-async def answers(address: str | Path, port: int = 0, *, greeting: bool = False) -> bool:
-    """Whether something accepts connections there (a path: a unix socket), and says something if ``greeting``."""
-    with trio.move_on_after(1.0), suppress(OSError):
+async def answers(address: str | Path, port: int = 0, *, say: bytes = b"") -> bool:
+    """Whether something there (a path: a unix socket) answers ``say``, or greets if that is empty."""
+    with trio.move_on_after(1.0), suppress(OSError, trio.BrokenResourceError):
         if isinstance(address, Path):
-            stream = await trio.open_unix_socket(str(address))
+            stream: trio.SocketStream = await trio.open_unix_socket(str(address))
         else:
             stream = await trio.open_tcp_stream(address, port)
         async with stream:
-            return not greeting or bool(await stream.receive_some(1024))
+            await stream.send_all(say)
+            return bool(await stream.receive_some(1024))
     return False

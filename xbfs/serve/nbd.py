@@ -23,6 +23,7 @@ from xbfs_engine.core.runtime import Clock, SystemClock
 from xbfs_engine.storage.files import make_directories, write_replace
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 _SOCKET_PATH_MAX: Final = 107
@@ -81,21 +82,42 @@ async def serve_nbd(export: NbdExport, *, task_status: trio.TaskStatus[NbdPlace]
         certificates = make_certificates(export.state / "tls", _names(export.address), clock or SystemClock())
         network += ("--tls=require", f"--tls-certificates={certificates.server}", "--tls-verify-peer")
 
-    async with trio.open_nursery() as nursery:
-        with suppress(FileNotFoundError):
-            unix.unlink()
-        for name, where, is_ready in (
-            ("unix", ("--unix", str(unix)), partial(answers, unix, greeting=True)),
-            ("tcp", network, partial(answers, _reached(export.address), port, greeting=True)),
-        ):
-            program = _program(export, export.state / f"nbdkit-{name}.log", where)
-            await nursery.start(partial(keep_running, program, is_ready))
-        task_status.started(NbdPlace(unix, export.address, port, certificates.client if certificates else None))
+    place = NbdPlace(unix, export.address, port, certificates.client if certificates else None)
+    programs = (
+        (_program(export, "unix", lambda: ("--unix", str(_without(unix)))), partial(answers, unix)),
+        (_program(export, "tcp", lambda: network), partial(answers, _reached(export.address), port)),
+    )
+    waiting = len(programs)
+
+    def started() -> None:
+        nonlocal waiting
+        waiting -= 1
+        if not waiting:
+            task_status.started(place)
+
+    try:
+        async with trio.open_nursery() as nursery:
+            for program, is_ready in programs:
+                nursery.start_soon(partial(keep_running, program, is_ready, started=started))
+    except ExceptionGroup as group:
+        failed = group.subgroup(ExportFailed)
+        if failed is None:
+            raise
+        raise failed.exceptions[0] from None
 
 
-def _program(export: NbdExport, log: Path, where: tuple[str, ...]) -> Program:
-    command = ("nbdkit", "--foreground", "--log=stderr", *where, "file", f"dir={export.directory}")
-    return Program(command, "nbdkit", export.directory, log, _hint)
+def _program(export: NbdExport, name: str, where: Callable[[], tuple[str, ...]]) -> Program:
+    def arguments() -> tuple[str, ...]:
+        return ("--foreground", "--log=stderr", *where(), "file", f"dir={export.directory}")
+
+    return Program("nbdkit", arguments, "nbdkit", export.directory, export.state / f"nbdkit-{name}.log", _hint)
+
+
+def _without(unix: Path) -> Path:
+    """The path, with no socket there that one left who was killed: nobody could bind it."""
+    with suppress(OSError):
+        unix.unlink()
+    return unix
 
 
 def _hint(log: str) -> str:
