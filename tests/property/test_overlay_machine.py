@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from threading import Event
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from tests.support.disks import CHUNK, MemoryDisk
 from xbfs.view.overlay import Layer, Overlay, create_overlay, open_overlay
+from xbfs_engine.core.runtime import SystemClock
 
 UNIT = 4096
 SIZE_MAX = 5 * CHUNK
@@ -58,6 +60,19 @@ class OverlayMachine(RuleBasedStateMachine):
         self.limit = min(self.limit, size)
         self.content = self.content[:size].ljust(size, b"\0")
 
+    @rule(share=st.one_of(st.none(), st.integers(1, 5)))
+    def hydrate(self, share: int | None) -> None:
+        """All of the base, or until some of it was copied."""
+        stop = Event()
+
+        def on_progress(done: int, total: int) -> None:
+            assert done <= total
+            if share is not None and done * 5 >= total * share:
+                stop.set()
+
+        self.overlay.hydrate(rate_bytes_s=None, clock=SystemClock(), stop=stop, on_progress=on_progress)
+        assert self.overlay.is_hydrated or share is not None
+
     @rule()
     def flush(self) -> None:
         self.overlay.flush()
@@ -72,7 +87,8 @@ class OverlayMachine(RuleBasedStateMachine):
         expected = self.content[offset : offset + length]
         assert self.overlay.read_at(offset, length) == expected
         assert b"".join(self.overlay.parts_at(offset, length)) == expected
-        assert self.overlay.read_cached(offset, length) in (None, expected)
+        cached = self.overlay.read_cached(offset, length)
+        assert cached is None or bytes(cached) == expected
 
     @rule(offset=offsets, length=lengths)
     def ask_for_extents(self, offset: int, length: int) -> None:

@@ -3,15 +3,16 @@
 The files are models: a file has what programs see, what is durable, and the operations between the two. A cut comes
 before any operation on any file; then, file by file, each sector of each operation since the last sync is kept or lost;
 those of the header may be torn as well. Each sector of the overlay that is opened again must hold what it held at the
-last flush that returned, or something younger.
+last flush that returned, or something younger; what it takes for unchanged must be the base's, and once it says that it
+needs the base no more, the base is dead. Disks are frozen and thawed in between: nothing of that survives, or matters.
 """
 
 from __future__ import annotations
 
 import random  # noqa: TID251 - seeded
 from contextlib import suppress
-from dataclasses import dataclass, field
-from itertools import pairwise, product
+from itertools import product
+from threading import Event
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,136 +21,50 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.disks import CHUNK, MemoryDisk
+from tests.support.power import SECTOR, ModelFile, Power, PowerCut
+from xbfs.view.base import Extent
+from xbfs.view.overlay import FrozenOverlay, Layer, freeze_all
 from xbfs.view.overlay.files import StateFiles
 from xbfs.view.overlay.opening import begin, resume
 from xbfs.view.overlay.unitmap import UnitMap
 from xbfs_engine.core.errors import BlobNotFound, XbfsError
+from xbfs_engine.core.runtime import SystemClock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from typing_extensions import Buffer
+    from collections.abc import Iterator, Sequence
 
     from xbfs.view.overlay import Overlay
 
-SECTOR = 512
 UNIT = 4096
 SIZE = CHUNK + 3 * UNIT + 3 * SECTOR
 SIZE_MAX = 2 * CHUNK
-BASE = MemoryDisk.full(SIZE)
+HOLE, ZEROED = range(4 * UNIT, 6 * UNIT), range(9 * UNIT, 10 * UNIT)
 
 
-class PowerCut(BaseException):
-    """The machine is off."""
+class Base(MemoryDisk):
+    """A disk with two units that are a hole, one that is full of zeros, and an end."""
 
-
-@dataclass
-class Power:
-    """Goes out before the operation after next of ``left``; never if that is None."""
-
-    left: int | None = None
-
-    def use(self) -> None:
-        if self.left is not None:
-            if self.left == 0:
-                raise PowerCut
-            self.left -= 1
-
-
-@dataclass
-class ModelFile:
-    """A StateFile whose operations are volatile until it is synced."""
-
-    power: Power
-    durable: bytes = b""
-    content: bytearray = field(default_factory=bytearray)
-    pending: list[tuple[int, int, bytes | None]] = field(default_factory=list)
-    """(offset, length, bytes) of a write or a punched hole; (size, -1, None) of a truncation."""
-    forgets: bool = False
-    """Whether a sync does nothing: a disk that lies."""
-    tears: float = 0.0
-    """How likely a sector that is written while the power goes is neither old nor new."""
-    during_sync: Callable[[], None] = lambda: None
-    """What the guest does while the disk is busy."""
+    def __init__(self) -> None:
+        full = MemoryDisk.full(SIZE)
+        chunks = {number: bytearray(full.read_at(number * CHUNK, CHUNK).ljust(CHUNK, b"\0")) for number in range(2)}
+        for gap in (HOLE, ZEROED):
+            chunks[0][gap.start : gap.stop] = bytes(len(gap))
+        super().__init__(SIZE, {number: bytes(chunk) for number, chunk in chunks.items()})
+        self.is_dead = False
 
     def read_at(self, offset: int, length: int) -> bytes:
-        return bytes(self.content[offset : offset + length])
+        assert not self.is_dead, "read after the overlay was hydrated"
+        return super().read_at(offset, length)
 
-    def read_now(self, offset: int, length: int) -> bytes | None:
-        return None
-
-    def write_at(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        # A long write is not one operation to a disk.
-        for at, piece in pieces(offset, b"".join(buffers)):
-            self._do((at, len(piece), piece))
-
-    def punch(self, offset: int, length: int) -> None:
-        length = min(length, len(self.content) - offset)
-        if length > 0:
-            self._do((offset, length, bytes(length)))
-
-    def reserve(self, offset: int, length: int) -> None:
-        self._do((max(offset + length, len(self.content)), -1, None))
-
-    def truncate(self, size_bytes: int) -> None:
-        self._do((size_bytes, -1, None))
-
-    def size(self) -> int:
-        return len(self.content)
-
-    def next_data(self, offset: int) -> int | None:
-        rest = bytes(self.content[offset:])
-        return offset + len(rest) - len(rest.lstrip(b"\0")) if rest.strip(b"\0") else None
-
-    def sync(self) -> None:
-        self.power.use()
-        if self.forgets:
-            return
-        content, self.pending = bytes(self.content), []
-        self.during_sync()
-        self.durable = content
-
-    def unnamed(self) -> ModelFile:
-        # Never synced and never opened again: its operations need no power.
-        return ModelFile(Power())
-
-    def close(self) -> None:
-        pass
-
-    def _do(self, operation: tuple[int, int, bytes | None]) -> None:
-        self.power.use()
-        self.pending.append(operation)
-        apply(self.content, operation)
-
-    def cut(self, chance: random.Random, kept: float) -> None:
-        """What the disk has when it is on again: each pending piece with probability ``kept``, in order."""
-        content = bytearray(self.durable)
-        for offset, length, data in self.pending:
-            if data is None:
-                if chance.random() < kept:
-                    apply(content, (offset, length, data))
-                continue
-            for at, piece in pieces(offset, data):
-                if chance.random() < kept:
-                    torn = chance.random() < self.tears
-                    apply(content, (at, len(piece), chance.randbytes(len(piece)) if torn else piece))
-        self.content, self.durable, self.pending = content, bytes(content), []
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        assert not self.is_dead, "asked after the overlay was hydrated"
+        end = min(offset + length, SIZE)
+        for low, high, is_data in ((0, HOLE.start, True), (HOLE.start, HOLE.stop, False), (HOLE.stop, SIZE, True)):
+            if max(low, offset) < min(high, end):
+                yield Extent(max(low, offset), min(high, end) - max(low, offset), is_data)
 
 
-def pieces(offset: int, data: bytes) -> list[tuple[int, bytes]]:
-    """``data`` by the sectors it lies in."""
-    edges = [offset, *range(offset // SECTOR * SECTOR + SECTOR, offset + len(data), SECTOR), offset + len(data)]
-    return [(low, data[low - offset : high - offset]) for low, high in pairwise(edges)]
-
-
-def apply(content: bytearray, operation: tuple[int, int, bytes | None]) -> None:
-    offset, length, data = operation
-    if data is None:
-        del content[offset:]
-        content.extend(bytes(offset - len(content)))
-    else:
-        content.extend(bytes(max(0, offset + length - len(content))))
-        content[offset : offset + length] = data
+CONTENT = Base().read_at(0, SIZE)
 
 
 class Guest:
@@ -160,8 +75,11 @@ class Guest:
         self.power = Power()
         self.lying = lying
         self.files = StateFiles(*[ModelFile(self.power) for _ in StateFiles._fields])
-        self.versions = [BASE.read_at(0, SIZE)]
+        self.files.data.makes_holes = chance.random() < 0.8
+        self.versions = [CONTENT]
+        self.base = Base()
         self.overlay: Overlay | None = None
+        self.frozen: tuple[FrozenOverlay, bytes] | None = None
 
     def sectors(self, below: int) -> tuple[int, int]:
         offset = self.chance.randrange(below // SECTOR + 1)
@@ -172,19 +90,26 @@ class Guest:
         """Open or create the overlay and do ``deeds``; raises PowerCut when the power goes."""
         if self.overlay is None:
             try:
-                self.overlay = resume(self.files, BASE, identity=b"i")
+                self.overlay = resume(self.files, self.base, identity=b"i")
             except BlobNotFound:
-                self.overlay = begin(self.files, BASE, identity=b"i")
+                self.overlay = begin(self.files, self.base, identity=b"i")
                 for name, file in self.files._asdict().items():
                     file.forgets, file.tears = name == self.lying, 0.3 * (name == "header")
         self.check(self.overlay)
         for deed in deeds:
             getattr(self, deed)(self.overlay)
             assert self.overlay.read_at(0, SIZE_MAX) == self.versions[-1]
+            if self.frozen is not None:
+                assert self.frozen[0].read_at(0, SIZE_MAX) == self.frozen[1]
 
     def check(self, overlay: Overlay) -> None:
         """After opening: an allowed state, which is durable from now on."""
+        self.base.is_dead = overlay.is_hydrated
         found = overlay.read_at(0, SIZE_MAX)
+        for offset, length, layer in overlay.regions(0, SIZE_MAX):
+            assert layer is not Layer.BASE or found[offset : offset + length] == CONTENT[offset : offset + length]
+        for extent in overlay.extents(0, SIZE_MAX):
+            assert extent.is_data or not any(found[extent.offset : extent.offset + extent.length])
         allowed = [np.frombuffer(version, np.uint8) for version in self.versions if len(version) == len(found)]
         assert allowed, f"{len(found)} bytes"
         # A size that is no whole number of sectors: the rest is compared as a sector of its own.
@@ -239,24 +164,58 @@ class Guest:
         overlay.resize(size)
         self.versions = shown[-1:] if size < len(old[-1]) else shown
 
+    def hydrate(self, overlay: Overlay) -> None:
+        overlay.hydrate(rate_bytes_s=None, clock=SystemClock(), stop=Event())
+        assert overlay.is_hydrated
+        if self.frozen is None:
+            self.base.is_dead = True
+
+    def freeze(self, overlay: Overlay) -> None:
+        if self.frozen is None:
+            self.base.is_dead = False
+            self.frozen = freeze_all([overlay])[0], self.versions[-1]
+        else:
+            self.frozen[0].close()
+            self.frozen = None
+            self.base.is_dead = overlay.is_hydrated
+
+    def pass_through(self, overlay: Overlay) -> None:
+        """The kernel writes the data file by itself for a while."""
+        if self.frozen is not None or overlay.passthrough_fd() is None:
+            return
+        for _ in range(3):
+            start, end = self.sectors(overlay.size_bytes)
+            data = self.chance.randbytes(end - start)
+            self.change(start, data)
+            self.files.data.write_at(start, [data])
+            self.chance.choice((self.zero, self.flush, self.write))(overlay)
+        overlay.end_passthrough()
+
     def lose_power(self, **kept: float) -> None:
         """``kept``: how much each file keeps of what was not synced."""
-        self.power.left = None
+        self.power.left = self.frozen = None
         for name, file in self.files._asdict().items():
             file.cut(self.chance, kept.get(name, self.chance.choice((0.0, 0.5, 1.0))))
         self.overlay = None
 
     def die(self) -> None:
         """SIGKILL: what was not synced is in the kernel's memory still."""
-        self.power.left = None
+        self.power.left = self.frozen = None
         self.overlay = None
 
 
 Life = tuple[list[str], int, bool]
 deeds = st.lists(
-    st.sampled_from(["write", "rewrite", "zero", "flush", "resize", "regrow", "flush", "write"]), max_size=9
+    st.sampled_from(
+        ["write", "rewrite", "zero", "flush", "resize", "regrow", "flush", "write", "hydrate", "freeze", "pass_through"]
+    ),
+    max_size=9,
 )
-lives = st.lists(st.tuples(deeds, st.integers(0, 250), st.sampled_from([True, True, False])), min_size=1, max_size=4)
+lives = st.lists(
+    st.tuples(deeds, st.one_of(st.integers(0, 250), st.integers(0, 1000)), st.sampled_from([True, True, False])),
+    min_size=1,
+    max_size=4,
+)
 
 
 def history(lived: list[Life], seed: int, *, lying: str = "") -> None:
@@ -285,7 +244,7 @@ def test_the_model_finds_out_a_disk_that_does_not_sync(lying: str) -> None:
     def all_survive() -> None:
         for seed in range(300):
             chance = random.Random(seed)
-            lived = [(chance.choices(["write", "zero", "flush", "regrow"], k=8), 10_000, True) for _ in range(2)]
+            lived = [(chance.choices(["write", "zero", "flush", "regrow"], k=8), 100_000, True) for _ in range(2)]
             history(lived, seed, lying=lying)
 
     with pytest.raises((AssertionError, XbfsError)):
@@ -301,8 +260,8 @@ def test_what_is_written_while_a_flush_syncs_the_data_is_not_told_of_by_that_flu
     guest.files.data.during_sync = lambda: overlay.write_at(UNIT, [b"b" * UNIT])
     overlay.flush()
     guest.lose_power(data=0.0, map=1.0)
-    again = resume(guest.files, BASE, identity=b"i")
-    assert again.read_at(0, SIZE) == b"a" * UNIT + BASE.read_at(UNIT, SIZE)
+    again = resume(guest.files, guest.base, identity=b"i")
+    assert again.read_at(0, SIZE) == b"a" * UNIT + CONTENT[UNIT:]
 
 
 def test_a_flush_between_the_mark_of_a_unit_and_the_acknowledgement_has_its_data(
@@ -321,7 +280,7 @@ def test_a_flush_between_the_mark_of_a_unit_and_the_acknowledgement_has_its_data
     monkeypatch.setattr(UnitMap, "mark", mark_and_flush)
     overlay.write_at(0, [b"a" * UNIT])
     guest.lose_power(data=0.0, map=0.0)
-    assert resume(guest.files, BASE, identity=b"i").read_at(0, UNIT) == b"a" * UNIT
+    assert resume(guest.files, guest.base, identity=b"i").read_at(0, UNIT) == b"a" * UNIT
 
 
 @pytest.mark.parametrize("size", [5 * UNIT, SIZE_MAX])
@@ -335,10 +294,10 @@ def test_a_header_that_is_torn_wherever_the_power_goes_can_be_read(size: int, is
         for left, wanted, is_kill in ((first, size, is_killed), (second, SIZE - UNIT, False)):
             guest.power.left = left
             with suppress(PowerCut):
-                guest.overlay = guest.overlay or resume(guest.files, BASE, identity=b"i")
+                guest.overlay = guest.overlay or resume(guest.files, guest.base, identity=b"i")
                 guest.overlay.resize(wanted)
             if is_kill:
                 guest.die()
             else:
                 guest.lose_power(header=1.0)
-        assert resume(guest.files, BASE, identity=b"i").size_bytes in (SIZE, size, SIZE - UNIT)
+        assert resume(guest.files, guest.base, identity=b"i").size_bytes in (SIZE, size, SIZE - UNIT)

@@ -32,7 +32,6 @@ spans = st.tuples(units, st.sampled_from([1, 1, 2, 50, PAGE_UNITS, 3 * PAGE_UNIT
 deeds = st.lists(
     st.one_of(
         st.tuples(st.just("mark"), spans, st.sampled_from([DATA, ZERO, COPIED])),
-        st.tuples(st.just("turn"), spans, st.sampled_from([DATA, ZERO])),
         st.tuples(st.just("read"), spans, st.just(0)),
         st.tuples(st.sampled_from(["flush", "fail", "take", "reopen"]), st.just((0, 0)), st.just(0)),
         st.tuples(st.just("cut"), spans, st.just(0)),
@@ -64,7 +63,7 @@ def test_the_map_is_what_was_marked(lived: list[tuple[str, tuple[int, int], int]
         states, model = UnitMap(file, pages_max=4), bytearray(UNITS)
         underway: dict[int, bytes] = {}
         for deed, (first, last), state in lived:
-            if underway and deed not in ("mark", "turn", "read"):
+            if underway and deed not in ("mark", "read"):
                 states.write(underway)
                 states.kept()
                 underway = {}
@@ -73,9 +72,6 @@ def test_the_map_is_what_was_marked(lived: list[tuple[str, tuple[int, int], int]
                     states.reserve(first, last)
                     states.mark(first, last, state)
                     model[first:last] = bytes([state]) * (last - first)
-                case "turn":
-                    states.turn(first, last, COPIED, state)
-                    model[first:last] = model[first:last].replace(bytes([COPIED]), bytes([state]))
                 case "read":
                     assert states.states(first, last) == model[first:last]
                     assert states.states_cached(first, last) in (None, model[first:last])

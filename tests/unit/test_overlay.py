@@ -6,6 +6,7 @@ import hashlib
 import os
 import struct
 import tracemalloc
+from threading import Event
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,6 +25,7 @@ from xbfs.view.overlay import (
 )
 from xbfs_engine.core.errors import BlobNotFound, OverlayMismatch, TargetExists, UsageError
 from xbfs_engine.core.limits import DISK_SIZE_MAX, GIB, MIB
+from xbfs_engine.core.runtime import SystemClock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -186,6 +188,29 @@ def test_what_the_files_hold(tmp_path: Path) -> None:
     assert (tmp_path / "o" / "map").read_bytes() == bytes([0b01_01_01_00, 0b00_10_10_00]) + bytes(4094)
     data = (tmp_path / "o" / "data").read_bytes()
     assert data == (bytes(UNIT) + b"a" * 3 * UNIT).ljust(base.size_bytes + UNIT, b"\0")
+
+
+def test_what_the_files_hold_of_a_copied_base(tmp_path: Path) -> None:
+    base = MemoryDisk(6 * UNIT + 10 + CHUNK, {0: b"b" * UNIT + bytes(UNIT) + b"c" * (CHUNK - 2 * UNIT)})
+    with create_overlay(tmp_path / "o", base, identity=IDENTITY) as overlay:
+        overlay.write_at(2 * UNIT + 5, [b"a"])
+        overlay.discard(3 * UNIT, UNIT)
+        overlay.hydrate(rate_bytes_s=None, clock=SystemClock(), stop=Event())
+        overlay.write_at(4 * UNIT, [b"d"])
+        assert overlay.hydrated_bytes == CHUNK - 3 * UNIT
+    body = struct.pack("<8sIHHQQQQ", b"XBFSOVL\0", 1, 15, 1, 2, *[base.size_bytes] * 3)
+    body += IDENTITY + bytes(432 - 15)
+    copy = body + hashlib.sha256(body).digest()
+    assert (tmp_path / "o" / "header").read_bytes() == copy + bytes(4096 - 512) + copy
+    packed = bytes([0b10_01_11_11, 0b11_11_11_01, 0xFF, 0xFF])
+    assert (tmp_path / "o" / "map").read_bytes() == packed.ljust(4096, b"\0")
+    data = bytearray(base.read_at(0, base.size_bytes))
+    data[2 * UNIT + 5 : 2 * UNIT + 6] = b"a"
+    data[3 * UNIT : 4 * UNIT] = bytes(UNIT)
+    data[4 * UNIT : 4 * UNIT + 1] = b"d"
+    assert (tmp_path / "o" / "data").read_bytes() == data
+    # Neither the hole of the base nor its unit of zeros takes room.
+    assert (tmp_path / "o" / "data").stat().st_blocks * 512 <= 14 * UNIT
 
 
 def test_the_identity_can_be_asked_for_while_the_overlay_is_open(overlay: Overlay, tmp_path: Path) -> None:

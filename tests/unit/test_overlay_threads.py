@@ -16,6 +16,7 @@ from xbfs.view.overlay import Overlay, create_overlay, open_overlay
 from xbfs.view.overlay.ranges import RangeLock
 from xbfs.view.overlay.rounds import Rounds
 from xbfs_engine.core.errors import StorageFull
+from xbfs_engine.core.runtime import SystemClock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,6 +33,10 @@ class SlowDisk(MemoryDisk):
     def parts_at(self, offset: int, length: int) -> list[bytes]:
         time.sleep(0.0005)
         return super().parts_at(offset, length)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        time.sleep(0.0005)
+        return super().read_at(offset, length)
 
 
 @pytest.fixture
@@ -94,13 +99,17 @@ def test_readers_never_see_a_sector_go_back(overlay: Overlay) -> None:
         while not ended.is_set():
             overlay.flush()
 
+    def hydrate() -> None:
+        overlay.hydrate(rate_bytes_s=SIZE * 4, clock=SystemClock(), stop=ended)
+
     def writers() -> None:
         try:
             together(lambda: write(places[::2], 1), lambda: write(places[1::2], 2))
         finally:
             ended.set()
 
-    together(writers, read, read, flush)
+    together(writers, read, read, flush, hydrate)
+    assert overlay.is_hydrated
 
 
 def test_resizes_and_discards_among_readers_and_writers(overlay: Overlay) -> None:

@@ -60,8 +60,8 @@ class StateFile(Protocol):
         """Write the buffers one behind the other, all of them; an error leaves any part of them."""
         ...
 
-    def punch(self, offset: int, length: int) -> None:
-        """Give the room of a range back; it then reads as zeros, or as before where the file system can not do it."""
+    def punch(self, offset: int, length: int) -> bool:
+        """Give the room of a range back, so that it reads as zeros; False if the file system can not do it."""
         ...
 
     def reserve(self, offset: int, length: int) -> None:
@@ -82,6 +82,10 @@ class StateFile(Protocol):
 
     def sync(self) -> None:
         """All that was done to the file before is durable (fdatasync)."""
+        ...
+
+    def fileno(self) -> int:
+        """Its descriptor."""
         ...
 
     def unnamed(self) -> StateFile:
@@ -226,11 +230,13 @@ class _File:
                 offset += done
                 view = view[done:]
 
-    def punch(self, offset: int, length: int) -> None:
+    def punch(self, offset: int, length: int) -> bool:
         if _fallocate(self._fd, _KEEP_SIZE_PUNCH_HOLE, offset, length) != 0:
             number = ctypes.get_errno()
             if number not in {errno.EOPNOTSUPP, errno.ENOSYS}:
                 raise _error(OSError(number, os.strerror(number)), f"punch {self._path} at {offset}")
+            return False
+        return True
 
     def reserve(self, offset: int, length: int) -> None:
         try:
@@ -266,6 +272,9 @@ class _File:
             os.fdatasync(self._fd)
         except OSError as exc:
             raise _error(exc, f"sync {self._path}") from exc
+
+    def fileno(self) -> int:
+        return self._fd
 
     def unnamed(self) -> _File:
         directory = self._path.parent

@@ -16,7 +16,7 @@ from threading import Condition, Lock
 from typing import TYPE_CHECKING, Final, Self
 
 from xbfs.view.base import Extent, joined
-from xbfs.view.overlay.regions import LAYERS, Layer, Region, byte_runs, gathered, layered, merged
+from xbfs.view.overlay.regions import LAYERS, Layer, Region, byte_runs, gathered, layered, merged, zeros
 from xbfs.view.overlay.unitmap import ABSENT, COPIED, DATA, PAGE_UNITS, UNIT, ZERO, UnitMap, runs_of
 from xbfs_engine.core.errors import IntegrityError, StorageError, XbfsError
 from xbfs_engine.core.limits import MIB
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from xbfs.view.base import Part
     from xbfs.view.overlay.files import StateFile
     from xbfs.view.overlay.reading import Reader
-    from xbfs.view.overlay.state import State
+    from xbfs.view.overlay.state import Stamp, State
 
 UNSAVED: Final = ABSENT
 """In the map of what was saved: the unit is as it was at the freeze. The others mean what they mean in the overlay's
@@ -173,14 +173,14 @@ class FrozenOverlay:
     def parts_at(self, offset: int, length: int) -> Sequence[Part]:
         """``read_at`` in pieces, not copied together."""
         with self._reading():
-            shrinks = self._state.shrinks
+            before = self._state.stamp
             end = min(offset + length, self.size_bytes)
             if offset >= end:
                 return ()
             first = offset // UNIT
             parts: list[Part] = []
             for start, stop, kind in byte_runs(self._saved.map.states(first, -(-end // UNIT)), first, offset, end):
-                parts += self._live(start, stop, shrinks) if kind == UNSAVED else self._kept(start, stop, kind)
+                parts += self._live(start, stop, before) if kind == UNSAVED else self._kept(start, stop, kind)
             return parts
 
     def read_cached(self, offset: int, length: int) -> bytes | memoryview | None:
@@ -202,7 +202,7 @@ class FrozenOverlay:
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Alternating data and hole extents that cover [offset, offset+length), clipped at the end. May block."""
         end = min(offset + length, self.size_bytes)
-        return self._reader.extents(self._pieces(offset, end))
+        return self._reader.extents(self._pieces(offset, end), self._state.stamp)
 
     def changed_extents(self) -> Iterator[Region]:
         """All regions that are not the base's, ascending: what a new restore point must read. May block."""
@@ -241,12 +241,12 @@ class FrozenOverlay:
                 if not self._readers:
                     self._changed.notify_all()
 
-    def _live(self, start: int, stop: int, shrinks: int) -> Sequence[Part]:
+    def _live(self, start: int, stop: int, before: Stamp) -> Sequence[Part]:
         """[start, stop) as the overlay has it, but for units that were saved while that was read."""
         first, last = start // UNIT, -(-stop // UNIT)
         fetched = gathered(
             byte_runs(self._state.map.states(first, last), first, start, stop),
-            lambda low, high, state: self._reader.fetch(low, high, state, limit=self._limit, shrinks=shrinks),
+            lambda low, high, state: self._reader.fetch(low, high, state, limit=self._limit, before=before),
         )
         assert fetched is not None
         again = self._saved.map.states(first, last)
@@ -262,28 +262,30 @@ class FrozenOverlay:
         """[start, stop), which was saved as ``kind``."""
         if kind == DATA:
             return [self._saved.read(start, stop)]
-        state = ABSENT if kind == COPIED else kind
-        return self._reader.fetch(start, stop, state, limit=self._limit, shrinks=self._state.shrinks)
+        return self._reader.based(start, stop, self._limit) if kind == COPIED else zeros(stop - start)
+
+    def _kept_cached(self, start: int, stop: int, kind: int) -> list[Part] | None:
+        if kind == DATA:
+            kept = self._saved.read_now(start, stop)
+            return None if kept is None else [kept]
+        return self._reader.based_cached(start, stop, self._limit) if kind == COPIED else zeros(stop - start)
 
     def _parts_cached(self, offset: int, end: int) -> Sequence[Part] | None:
         first, last = offset // UNIT, -(-end // UNIT)
+        before = self._state.stamp
         saved, live = self._saved.map.states_cached(first, last), self._state.map.states_cached(first, last)
         if saved is None or live is None:
             return None
         parts: list[Part] = []
         for start, stop, kind in byte_runs(saved, first, offset, end):
-            if kind == DATA:
-                kept = self._saved.read_now(start, stop)
-                if kept is None:
-                    return None
-                parts.append(kept)
-                continue
-            at, to = start // UNIT, -(-stop // UNIT)
-            states = live[at - first : to - first] if kind == UNSAVED else bytes([kind % COPIED]) * (to - at)
-            found = gathered(
-                byte_runs(states, at, start, stop),
-                lambda low, high, state: self._reader.fetch_cached(low, high, state, limit=self._limit),
-            )
+            if kind == UNSAVED:
+                at = start // UNIT
+                found = gathered(
+                    byte_runs(live[at - first : -(-stop // UNIT) - first], at, start, stop),
+                    lambda *run: self._reader.fetch_cached(*run, limit=self._limit, before=before),
+                )
+            else:
+                found = self._kept_cached(start, stop, kind)
             if found is None:
                 return None
             parts += found

@@ -21,7 +21,9 @@ FILE_BYTES: Final = COPY_OFFSETS[-1] + RECORD_BYTES
 
 _MAGIC: Final = b"XBFSOVL\0"
 _VERSION: Final = 1
-_FIELDS: Final = struct.Struct("<8sIIQQQQ")
+_FIELDS: Final = struct.Struct("<8sIHHQQQQ")
+_HYDRATED: Final = 1
+"""The one flag there is."""
 _DIGEST_BYTES: Final = hashlib.sha256().digest_size
 IDENTITY_BYTES_MAX: Final = RECORD_BYTES - _FIELDS.size - _DIGEST_BYTES
 """432 bytes: what is left of the sector."""
@@ -44,19 +46,28 @@ class Header:
     """The present size, 0 to DISK_SIZE_MAX."""
     generation: int = 1
     """Counts the changes, from 1."""
+    is_hydrated: bool = False
+    """Whether everything that the base holds was copied: what is absent from the map are its zeros."""
 
     def resized(self, size_bytes: int) -> Header:
         """The next header, with another size. What is cut off never comes back: the base ends there from now on."""
         limit = min(self.base_limit, size_bytes)
         return replace(self, size=size_bytes, base_limit=limit, generation=self.generation + 1)
 
+    def hydrated(self) -> Header:
+        """The next header, of an overlay that does not need its base any more."""
+        return replace(self, is_hydrated=True, generation=self.generation + 1)
+
 
 def encode(header: Header) -> bytes:
     """One copy: RECORD_BYTES."""
     identity = header.identity
     assert len(identity) <= IDENTITY_BYTES_MAX
-    fields = (_VERSION, len(identity), header.generation, header.base_size, header.base_limit, header.size)
-    body = _FIELDS.pack(_MAGIC, *fields) + identity.ljust(IDENTITY_BYTES_MAX, b"\0")
+    flags = _HYDRATED if header.is_hydrated else 0
+    sizes = (header.base_size, header.base_limit, header.size)
+    body = _FIELDS.pack(_MAGIC, _VERSION, len(identity), flags, header.generation, *sizes) + identity.ljust(
+        IDENTITY_BYTES_MAX, b"\0"
+    )
     return body + hashlib.sha256(body).digest()
 
 
@@ -79,10 +90,13 @@ def _decode_copy(record: bytes) -> Header | None:
     body, digest = record[:-_DIGEST_BYTES], record[-_DIGEST_BYTES:]
     if len(record) != RECORD_BYTES or not body.startswith(_MAGIC) or hashlib.sha256(body).digest() != digest:
         return None
-    _, version, identity_bytes, generation, base_size, base_limit, size = _FIELDS.unpack_from(body)
+    _, version, identity_bytes, flags, generation, base_size, base_limit, size = _FIELDS.unpack_from(body)
     if version != _VERSION:
         raise FormatTooNew(f"the overlay has version {version}, known is {_VERSION}")
-    header = Header(body[_FIELDS.size :][:identity_bytes], base_size, base_limit, size, generation)
+    if flags & ~_HYDRATED:
+        raise FormatTooNew(f"the overlay has flags {flags:#x}, known is {_HYDRATED:#x}")
+    identity = body[_FIELDS.size :][:identity_bytes]
+    header = Header(identity, base_size, base_limit, size, generation, is_hydrated=bool(flags & _HYDRATED))
     fits = base_limit <= min(base_size, size) and max(base_size, size) <= DISK_SIZE_MAX and generation >= 1
     if not fits or identity_bytes > IDENTITY_BYTES_MAX or encode(header) != record:
         raise IntegrityError("the overlay's header contradicts itself", hint=_DAMAGED_HINT)

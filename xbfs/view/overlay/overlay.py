@@ -14,21 +14,24 @@ from typing import TYPE_CHECKING, Final, Self
 
 from xbfs.view.base import Extent, joined
 from xbfs.view.overlay.freeze import FrozenOverlay, Saved
+from xbfs.view.overlay.hydration import hydrate, materialise
 from xbfs.view.overlay.reading import Reader
 from xbfs.view.overlay.regions import LAYERS, Layer, Region, byte_runs, gathered, layered, merged, zeros
 from xbfs.view.overlay.state import State
-from xbfs.view.overlay.unitmap import DATA, PAGE_UNITS, UNIT, ZERO
+from xbfs.view.overlay.unitmap import COPIED, DATA, PAGE_UNITS, UNIT, ZERO
 from xbfs_engine.core.errors import SessionBusy, UsageError
 from xbfs_engine.core.limits import DISK_SIZE_MAX
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from threading import Event
 
     from typing_extensions import Buffer
 
     from xbfs.view.base import Part, RandomAccess
     from xbfs.view.overlay.files import StateFile, StateFiles
     from xbfs.view.overlay.header import Header
+    from xbfs_engine.core.runtime import Clock
 
 _DATA_STATE: Final = bytes([DATA])
 _ZERO_PIECE_UNITS: Final = 64 * PAGE_UNITS
@@ -68,8 +71,18 @@ class Overlay:
         return self._state.header.identity
 
     @property
+    def is_hydrated(self) -> bool:
+        """Whether all that the base holds was copied: it is not read any more, but where it says so."""
+        return self._state.header.is_hydrated
+
+    @property
+    def hydrated_bytes(self) -> int:
+        """How much of the data file is a copy of the base that nobody has written to, in whole units."""
+        return self._state.map.count(COPIED) * UNIT
+
+    @property
     def data_bytes(self) -> int:
-        """How much lies in the data file, in whole units."""
+        """How much of the disk was written and not discarded since, in whole units."""
         return self._state.map.count(DATA) * UNIT
 
     @property
@@ -84,7 +97,7 @@ class Overlay:
     def parts_at(self, offset: int, length: int) -> Sequence[Part]:
         """``read_at`` in pieces, not copied together."""
         # In this order: bytes that a shrink takes away meanwhile are then never taken for damage (``Reader.stored``).
-        shrinks = self._state.shrinks
+        before = self._state.stamp
         end = min(offset + length, self._state.header.size)
         if offset >= end:
             return ()
@@ -92,7 +105,7 @@ class Overlay:
         states = self._state.map.states(first, -(-end // UNIT))
         parts: list[Part] = []
         for start, stop, state in byte_runs(states, first, offset, end):
-            parts += self._reader.fetch(start, stop, state, limit=self._state.header.base_limit, shrinks=shrinks)
+            parts += self._reader.fetch(start, stop, state, limit=self._state.header.base_limit, before=before)
         return parts
 
     def read_cached(self, offset: int, length: int) -> bytes | memoryview | None:
@@ -104,6 +117,7 @@ class Overlay:
 
     def parts_cached(self, offset: int, length: int) -> Sequence[Part] | None:
         """``read_cached`` in pieces."""
+        before = self._state.stamp
         end = min(offset + length, self._state.header.size)
         if offset >= end:
             return ()
@@ -114,7 +128,7 @@ class Overlay:
         limit = self._state.header.base_limit
         return gathered(
             byte_runs(states, first, offset, end),
-            lambda start, stop, state: self._reader.fetch_cached(start, stop, state, limit=limit),
+            lambda *run: self._reader.fetch_cached(*run, limit=limit, before=before),
         )
 
     def write_at(self, offset: int, buffers: Sequence[Buffer]) -> None:
@@ -163,6 +177,8 @@ class Overlay:
             raise UsageError(f"a size of {size_bytes} bytes: at most {DISK_SIZE_MAX}")
         self._state.admit()
         with self._state.alone():
+            if self._state.is_passed:
+                raise SessionBusy("the kernel has the disk's file: its size stays")
             if self._state.saved is not None and size_bytes < self.size_bytes:
                 self._state.saved.save_cut(size_bytes // UNIT)
             self._state.resize(size_bytes)
@@ -173,7 +189,7 @@ class Overlay:
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Alternating data and hole extents that cover [offset, offset+length), clipped at the end. May block."""
-        return self._reader.extents(self._pieces(offset, length))
+        return self._reader.extents(self._pieces(offset, length), self._state.stamp)
 
     def regions(self, offset: int, length: int) -> Iterator[Region]:
         """Which layer each part of [offset, offset+length) is in, clipped at the end; neighbours differ. May block.
@@ -194,6 +210,46 @@ class Overlay:
         self._is_closed = True
         self._state.close()
 
+    def hydrate(
+        self,
+        *,
+        rate_bytes_s: int | None,
+        clock: Clock,
+        stop: Event,
+        on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+    ) -> None:
+        """Copy what the base holds into the overlay's files, beside all that the guest does, until it is done or
+        ``stop`` is set; can be repeated, and goes on where it ended, after a crash too. One call at a time.
+
+        ``rate_bytes_s``: how fast the base is read at most. ``on_progress`` gets how far it is in the base and where
+        that ends, in bytes. Raises as ``write_at``, and what reading the base raises.
+        """
+        hydrate(self._state, self._base, rate_bytes_s, clock, stop, on_progress)
+
+    def passthrough_fd(self) -> int | None:
+        """The data file's descriptor, for the kernel to read and write the disk without us; None before the overlay
+        is hydrated. The file is the disk then, and ``changed_extents`` tells all of it, for ever.
+
+        Until ``end_passthrough`` the disk can not be frozen or resized, nobody may write behind its end, and ``flush``
+        is due as ever. Waits for writers. Raises SessionBusy while the disk is frozen, StorageFull, StorageError.
+        """
+        self._state.admit()
+        with self._state.alone():
+            if self._state.saved is not None:
+                raise SessionBusy("the disk is frozen", hint="wait until the commit of the session has ended")
+            if not self.is_hydrated:
+                return None
+            materialise(self._state)
+            self._state.is_passed = True
+            return self._state.data.fileno()
+
+    def end_passthrough(self) -> None:
+        """Nobody uses the descriptor any more."""
+        with self._state.alone():
+            if self._state.is_passed:
+                self._state.wrote()
+                self._state.is_passed = False
+
     def settle(self) -> None:
         """End what a crash cut short; for opening."""
         self._state.settle()
@@ -205,7 +261,11 @@ class Overlay:
         size = self._state.header.size
         if offset < 0 or end > size:
             raise UsageError(f"bytes [{offset}, {end}) do not lie in a disk of {size} bytes")
+        self._save(first, last)
         states = self._state.map.states(first, last)
+        if COPIED in states:
+            self._state.own(first, last)
+            states = self._state.map.states(first, last)
         is_new = states != _DATA_STATE * len(states)
         if is_new:
             # New units are written whole: the map will tell that all of their bytes are here.
@@ -215,7 +275,6 @@ class Overlay:
             tail = self._under(end, stop, states[-1])
             buffers = [*head, *buffers, *tail]
             offset = begin if head else offset
-        self._save(first, last)
         self._state.data.write_at(offset, buffers)
         self._state.wrote()
         if is_new:
@@ -235,8 +294,13 @@ class Overlay:
             self._write(offset, start - offset, zeros(start - offset))
         if stop < end:
             self._write(stop, end - stop, zeros(end - stop))
+        if self._state.is_passed:
+            self._state.clear(start, stop)
+            return
         self._state.map.reserve(first, last)
         self._save(first, last)
+        if self.hydrated_bytes:
+            self._state.own(first, last)
         self._state.map.mark(first, last, ZERO)
         # Needs no sync: whatever the data file holds below a unit that is zero is never read.
         self._state.data.punch(start, stop - start)
@@ -245,7 +309,9 @@ class Overlay:
         """What a write of the rest of a unit must bring along: [start, stop), which is not in the data file yet."""
         if start >= stop or state == DATA:
             return ()
-        return zeros(stop - start) if state == ZERO else self._reader.based(start, stop, self._state.header.base_limit)
+        header = self._state.header
+        is_zero = state == ZERO or header.is_hydrated
+        return zeros(stop - start) if is_zero else self._reader.based(start, stop, header.base_limit)
 
     def _save(self, first: int, last: int) -> None:
         """Before units change: a freeze keeps what they were."""
@@ -273,7 +339,7 @@ def freeze_all(overlays: Sequence[Overlay]) -> list[FrozenOverlay]:
     saving what they overwrite, into files without a name beside the overlay's, until the frozen disks are closed.
 
     Waits for writes that run. ``overlays`` are in the order of the result, each once. Raises SessionBusy if one is
-    frozen already, StorageError; then none is.
+    frozen already or passed through, StorageError; then none is frozen.
     """
     with ExitStack() as undo:
         files = [[overlay._state.data.unnamed() for _ in range(2)] for overlay in overlays]
@@ -285,6 +351,8 @@ def freeze_all(overlays: Sequence[Overlay]) -> list[FrozenOverlay]:
                 held.enter_context(overlay._state.alone())
             if any(overlay._state.saved is not None for overlay in overlays):
                 raise SessionBusy("a disk is frozen already", hint="wait until the other commit has ended")
+            if any(overlay._state.is_passed for overlay in overlays):
+                raise SessionBusy("the kernel writes a disk without us")
             frozen = [overlay._frozen(*pair) for overlay, pair in zip(overlays, files, strict=True)]
         undo.pop_all()
         return frozen

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from xbfs.view.base import Part, RandomAccess
-    from xbfs.view.overlay.state import State
+    from xbfs.view.overlay.state import Stamp, State
 
 _STORED: Final = frozenset({DATA, COPIED})
 
@@ -31,21 +31,23 @@ class Reader:
         self._state = state
         self._base = base
 
-    def fetch(self, start: int, stop: int, state: int, *, limit: int, shrinks: int) -> list[Part]:
+    def fetch(self, start: int, stop: int, state: int, *, limit: int, before: Stamp) -> list[Part]:
         """The bytes of [start, stop). ``limit``: where the base ends, asked for after the state: a unit that a shrink
-        made absent is behind the limit that it had set before. ``shrinks``: how many there were before the state."""
+        made absent is behind the limit that it had set before. ``before``: of the time before the state."""
         if state in _STORED:
-            return [self.stored(start, stop - start, shrinks=shrinks)]
-        return zeros(stop - start) if state == ZERO else self.based(start, stop, limit)
+            return [self.stored(start, stop - start, shrinks=before.shrinks)]
+        if state == ZERO or before.is_hydrated:
+            return zeros(stop - start)
+        return self.based(start, stop, limit)
 
-    def fetch_cached(self, start: int, stop: int, state: int, *, limit: int) -> list[Part] | None:
+    def fetch_cached(self, start: int, stop: int, state: int, *, limit: int, before: Stamp) -> list[Part] | None:
         """The same if all of it is in memory, else None. Never blocks, never raises."""
         if state in _STORED:
             stored = self._state.data.read_now(start, stop - start)
             return None if stored is None else [stored]
-        base_end = base_end_in(start, stop, limit) if state == ABSENT else start
-        found = self._base.parts_cached(start, base_end - start) if base_end > start else ()
-        return None if found is None else [*found, *zeros(stop - base_end)]
+        if state == ZERO or before.is_hydrated:
+            return zeros(stop - start)
+        return self.based_cached(start, stop, limit)
 
     def based(self, start: int, stop: int, limit: int) -> list[Part]:
         """[start, stop) of the base, and zeros where it ended."""
@@ -55,6 +57,12 @@ class Reader:
             parts += self._base.parts_at(start, base_end - start)
             assert sum(map(len, parts)) == base_end - start
         return parts + zeros(stop - base_end)
+
+    def based_cached(self, start: int, stop: int, limit: int) -> list[Part] | None:
+        """The same if the base has it at hand, else None."""
+        base_end = base_end_in(start, stop, limit)
+        found = self._base.parts_cached(start, base_end - start) if base_end > start else ()
+        return None if found is None else [*found, *zeros(stop - base_end)]
 
     def stored(self, offset: int, length: int, *, shrinks: int) -> bytes:
         """Bytes of the data file. It is never shorter than the disk, unless it shrank since there were ``shrinks``."""
@@ -66,12 +74,12 @@ class Reader:
             data = data.ljust(length, b"\0")
         return data
 
-    def extents(self, pieces: Iterable[tuple[int, int, int]]) -> Iterator[Extent]:
+    def extents(self, pieces: Iterable[tuple[int, int, int]], before: Stamp) -> Iterator[Extent]:
         """Extents of adjoining pieces (offset, length, state): alternating data and holes."""
-        found = (extent for piece in pieces for extent in self._extents_of(*piece))
+        found = (extent for piece in pieces for extent in self._extents_of(*piece, before))
         return (Extent(*extent) for extent in merged(found))
 
-    def _extents_of(self, offset: int, length: int, state: int) -> Iterable[Extent]:
-        if state == ABSENT:
+    def _extents_of(self, offset: int, length: int, state: int, before: Stamp) -> Iterable[Extent]:
+        if state == ABSENT and not before.is_hydrated:
             return self._base.extents(offset, length)
-        return (Extent(offset, length, state != ZERO),)
+        return (Extent(offset, length, state in _STORED),)

@@ -7,14 +7,15 @@ the bytes of a unit are is ``overlay``'s. Any thread may call anything; where th
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xbfs.view.overlay.header import COPY_OFFSETS, Header, encode
 from xbfs.view.overlay.ranges import RangeLock
+from xbfs.view.overlay.regions import zeros
 from xbfs.view.overlay.rounds import Rounds
-from xbfs.view.overlay.unitmap import UNIT, UnitMap
+from xbfs.view.overlay.unitmap import COPIED, DATA, UNIT, UnitMap, runs_of
 from xbfs_engine.core.errors import StorageError, XbfsError
-from xbfs_engine.core.limits import DISK_SIZE_MAX
+from xbfs_engine.core.limits import DISK_SIZE_MAX, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from xbfs.view.overlay.files import StateFile, StateFiles
     from xbfs.view.overlay.freeze import Saved
 
+_ZERO_BYTES: Final = 64 * MIB
+"""Written at once where no hole can be made: the same buffer over and over."""
 _ALL_UNITS: Final = -(-DISK_SIZE_MAX // UNIT)
 
 
@@ -34,6 +37,15 @@ def store(file: StateFile, header: Header) -> None:
         if file.read_at(offset, len(record)) != record:
             file.write_at(offset, [record])
             file.sync()
+
+
+class Stamp(NamedTuple):
+    """What a reader must know of the time before it asked for the states of units."""
+
+    shrinks: int
+    """How many shrinks there were: bytes that are missing now may have been cut off since."""
+    is_hydrated: bool
+    """Whether what is absent was a zero of the base already; else it may have been copied since."""
 
 
 class State:
@@ -50,6 +62,12 @@ class State:
         self.header = header
         self.shrinks = 0
         self.saved: Saved | None = None
+        self.is_passed = False
+
+    @property
+    def stamp(self) -> Stamp:
+        """Now."""
+        return Stamp(self.shrinks, self.header.is_hydrated)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -74,6 +92,36 @@ class State:
     def flush(self) -> None:
         """What was acknowledged before this call survives any crash. Raises StorageFull (try again), StorageError."""
         self._rounds.run()
+
+    def own(self, first: int, last: int) -> None:
+        """Before bytes of copied units change: they are DATA, durably, or the map on disk might say after a crash that
+        what was written is the base's. For who holds the range. Raises StorageFull (no change), StorageError.
+        """
+        copies = [run for run in runs_of(self.map.states(first, last), first) if run[2] == COPIED]
+        if not copies:
+            return
+        self.map.reserve(first, last)
+        try:
+            for low, high, _ in copies:
+                self.map.mark(low, high, DATA)
+            self.flush()
+        except BaseException:
+            for low, high, _ in copies:
+                self.map.mark(low, high, COPIED)
+            raise
+
+    def clear(self, start: int, stop: int) -> None:
+        """Have zeros in a range of the data file, in a hole if that can be."""
+        if not self.data.punch(start, stop - start):
+            for at in range(start, stop, _ZERO_BYTES):
+                self.data.write_at(at, zeros(min(_ZERO_BYTES, stop - at)))
+        self.wrote()
+
+    def hydrated(self) -> None:
+        """All that the base holds was copied: tell so, durably, after it. Raises StorageFull, StorageError."""
+        self.flush()
+        with self.alone(), self._rounds.alone:
+            self._store(self.header.hydrated())
 
     def resize(self, size_bytes: int) -> None:
         """Cut off the end, or add zeros, durably, for who is alone. Raises StorageFull (no change), StorageError."""
@@ -127,7 +175,7 @@ class State:
         self._check()
         pages = self.map.taken()
         try:
-            if self._is_data_unsynced or everything:
+            if self._is_data_unsynced or everything or self.is_passed:
                 self._is_data_unsynced = False
                 self._synced(self.data)
             self.map.write(pages)

@@ -148,20 +148,6 @@ class UnitMap:
                 page[start : start + length] = bytes([state]) * length
                 self._dirty.add(number)
 
-    def turn(self, first: int, last: int, old: int, new: int) -> None:
-        """Set the units in [first, last) that are in state ``old`` to ``new``; may race with marks and turns."""
-        for low, high in _by_page(first, last):
-            number = low // PAGE_UNITS
-            start, length = low % PAGE_UNITS, high - low
-            with self._lock:
-                page = self._page(number)
-                states = page[start : start + length]
-                if found := states.count(old):
-                    self._counts[old] -= found
-                    self._counts[new] += found
-                    page[start : start + length] = states.replace(bytes([old]), bytes([new]))
-                    self._dirty.add(number)
-
     def taken(self) -> dict[int, bytes]:
         """The pages the file does not have, as they are now, for ``write``; followed by ``kept`` or ``lost``."""
         with self._lock:
