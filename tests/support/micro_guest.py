@@ -1,4 +1,7 @@
-"""The micro guest's disk (tools/images/micro.py), what it says and what it can be asked to do."""
+"""Disks that boot, made by tools/make_images: the micro guest and a Debian server. What they say on their consoles.
+
+Both understand the same words (tools/images/micro_init.sh): check, write=NAME, load, off.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ _ACKNOWLEDGED = re.compile(r"XBFS-ACK (\d+)\r?\n")
 
 
 class Database(NamedTuple):
-    """What the guest found in its database: PRAGMA integrity_check, transactions, the last one, all rows whole."""
+    """What the guest found in its database: "ok" if it could be read and checked, how many transactions, the last one,
+    and whether all rows are whole."""
 
     integrity: str
     count: int
@@ -31,12 +35,21 @@ class Database(NamedTuple):
     whole: bool
 
 
-@functools.cache
 def micro_disk() -> Path:
-    """The guest's disk, never to be written to; skips the test where it can not be made."""
-    done = subprocess.run([sys.executable, _MAKE_IMAGES, "micro"], capture_output=True, text=True, check=False)
+    """The micro guest's disk, never to be written to; skips the test where it can not be made."""
+    return _made("micro")
+
+
+def server_disk() -> Path:
+    """The disk of a Debian 12 with systemd and PostgreSQL; else as the micro guest's. Takes two minutes, once."""
+    return _made("server")
+
+
+@functools.cache
+def _made(variant: str) -> Path:
+    done = subprocess.run([sys.executable, _MAKE_IMAGES, variant], capture_output=True, text=True, check=False)
     if done.returncode:
-        pytest.skip(f"no micro guest: {done.stderr.strip()}")
+        pytest.skip(f"no {variant} guest: {done.stderr.strip()}")
     return Path(done.stdout.strip())
 
 
