@@ -17,7 +17,8 @@ from xbfs.control.server import ControlServer
 from xbfs_engine.core.errors import GuestLocked, MountError, XbfsError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
+    from contextlib import AsyncExitStack
     from pathlib import Path
 
 ASKED = wire.Unlock("point", "0p2", b"secret \0 \xff")
@@ -25,7 +26,11 @@ ASKED = wire.Unlock("point", "0p2", b"secret \0 \xff")
 
 async def ask(path: Path, unlock: Callable[[wire.Unlock], Awaitable[list[str]]], request: wire.Unlock) -> list[str]:
     """One request to a server that answers with ``unlock``."""
-    server = ControlServer(path, unlock)
+
+    async def handler(arguments: Mapping[str, object], _: AsyncExitStack) -> list[str]:
+        return await unlock(wire.unlock_of(arguments))
+
+    server = ControlServer(path, {wire.UNLOCK: handler})
     await server.listen()
     try:
         async with trio.open_nursery() as nursery:
@@ -69,11 +74,8 @@ def test_an_error_arrives_as_what_it_is_and_a_bug_as_the_mounts(
 
 
 def test_only_its_owner_may_reach_the_socket(tmp_path: Path) -> None:
-    async def nothing(_: wire.Unlock) -> list[str]:
-        return []
-
     async def modes() -> int:
-        server = ControlServer(tmp_path / "s", nothing)
+        server = ControlServer(tmp_path / "s", {})
         await server.listen()
         try:
             return (tmp_path / "s").stat().st_mode & 0o777
@@ -109,7 +111,7 @@ def test_sockets_of_the_dead_are_taken_away(tmp_path: Path) -> None:
 
 def test_a_secret_that_does_not_fit_is_refused_and_none_is_shown() -> None:
     with pytest.raises(MountError, match="longer than"):
-        wire.encode_request(wire.Unlock("p", "", bytes(wire.SECRET_MAX + 1)))
+        wire.Unlock("p", "", bytes(wire.SECRET_MAX + 1)).to_request()
     assert "secret" not in repr(ASKED).replace("secret=", "")
 
 
@@ -123,4 +125,53 @@ def test_any_packet_is_understood_or_refused(packet: bytes) -> None:
 
 
 def test_a_request_comes_back_as_it_was() -> None:
-    assert wire.decode_request(wire.encode_request(ASKED)) == ASKED
+    request = wire.decode_request(wire.encode_request(ASKED.to_request()))
+    assert wire.unlock_of(request.arguments) == ASKED
+
+
+def test_what_a_request_began_ends_with_its_connection(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    async def begin(_: Mapping[str, object], undone: AsyncExitStack) -> None:
+        told.append("begun")
+        undone.callback(told.append, "ended")
+
+    async def look(_: Mapping[str, object], __: AsyncExitStack) -> list[str]:
+        return list(told)
+
+    def command() -> object:
+        with client.Control(tmp_path / "s") as control:
+            control.ask(wire.Request("begin", {}))
+            return control.ask(wire.Request("look", {}))
+
+    async def both() -> None:
+        server = ControlServer(tmp_path / "s", {"begin": begin, "look": look})
+        await server.listen()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(server.serve)
+                assert await trio.to_thread.run_sync(command) == ["begun"]
+                with trio.fail_after(10):
+                    while told != ["begun", "ended"]:  # noqa: ASYNC110 - it tells nobody
+                        await trio.sleep(0.01)
+                nursery.cancel_scope.cancel()
+        finally:
+            server.close()
+
+    trio.run(both)
+
+
+def test_a_verb_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    async def asked() -> None:
+        server = ControlServer(tmp_path / "s", {})
+        await server.listen()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(server.serve)
+                with pytest.raises(MountError, match="not understood"):
+                    await trio.to_thread.run_sync(client.unlock, tmp_path / "s", ASKED)
+                nursery.cancel_scope.cancel()
+        finally:
+            server.close()
+
+    trio.run(asked)

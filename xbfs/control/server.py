@@ -1,9 +1,9 @@
-"""The mount's end of the control socket. One request at a time, in the event loop of the mount."""
+"""The server's end of a control socket: each connection asks one thing after the other, in the server's event loop."""
 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -13,22 +13,27 @@ from xbfs_engine.core.errors import MountError, XbfsError
 from xbfs_engine.core.log import Logger
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
     from pathlib import Path
 
+    Handler = Callable[[Mapping[str, object], AsyncExitStack], Awaitable[object]]
+    """Answers the arguments of a verb with plain values. What it puts on the stack is undone, shielded from
+    cancellation, when the client hangs up, dies, or the server ends."""
+
 REQUEST_S: Final = 5.0
-"""What a command gets to send its request once it is connected."""
+"""What a command gets to send its first request once it is connected."""
+CONNECTIONS_MAX: Final = 32
 _BACKLOG: Final = 4
 
-_log = Logger("xbfs.mount")
+_log = Logger("xbfs.control")
 
 
 class ControlServer:
-    """Listens on ``path`` from construction on; ``unlock`` answers with the names of the volumes it opened."""
+    """Listens on ``path`` once told to; ``handlers`` by verb answer."""
 
-    def __init__(self, path: Path, unlock: Callable[[wire.Unlock], Awaitable[list[str]]]) -> None:
+    def __init__(self, path: Path, handlers: Mapping[str, Handler]) -> None:
         self.path = path
-        self._unlock = unlock
+        self._handlers = handlers
         self._listener = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_SEQPACKET)
         self._bound = False
 
@@ -48,13 +53,22 @@ class ControlServer:
 
     async def serve(self) -> None:
         """Answer requests for ever."""
-        while True:
-            connection, _ = await self._listener.accept()
-            with connection:
+        places = trio.Semaphore(CONNECTIONS_MAX)
+        async with trio.open_nursery() as nursery:
+
+            async def converse(connection: trio.socket.SocketType) -> None:
                 try:
-                    await self._answer(connection)
+                    with connection:
+                        await self._converse(connection)
                 except OSError as exc:
                     _log.warning("a command on the control socket went away", problem=str(exc))
+                finally:
+                    places.release()
+
+            while True:
+                await places.acquire()
+                connection, _ = await self._listener.accept()
+                nursery.start_soon(converse, connection)
 
     def close(self) -> None:
         """Let go of the socket."""
@@ -63,22 +77,33 @@ class ControlServer:
             with suppress(OSError):
                 self.path.unlink()
 
-    async def _answer(self, connection: trio.socket.SocketType) -> None:
-        answer: list[str] | XbfsError
-        try:
-            answer = await self._unlock(await _request(connection))
-        except XbfsError as exc:
-            answer = exc
-        except trio.TooSlowError:
+    async def _converse(self, connection: trio.socket.SocketType) -> None:
+        if not place.is_trusted(connection):
+            await connection.send(
+                wire.encode_answer(MountError("the control socket answers to its owner and to root only"))
+            )
             return
-        except Exception as exc:  # noqa: BLE001 - a bug there must not end the mount
+        undone = AsyncExitStack()
+        try:
+            limit_s = REQUEST_S
+            while True:
+                with trio.move_on_after(limit_s) as waiting:
+                    packet = await connection.recv(wire.MESSAGE_MAX)
+                if waiting.cancelled_caught or not packet:
+                    return
+                await connection.send(wire.encode_answer(await self._answer(packet, undone)))
+                limit_s = float("inf")
+        finally:
+            with trio.CancelScope(shield=True):
+                await undone.aclose()
+
+    async def _answer(self, packet: bytes, undone: AsyncExitStack) -> object:
+        try:
+            request = wire.decode_request(packet)
+            handler = self._handlers.get(request.verb)
+            return wire.not_understood() if handler is None else await handler(request.arguments, undone)
+        except XbfsError as exc:
+            return exc
+        except Exception as exc:  # noqa: BLE001 - a bug there must not end the server
             _log.error("a request on the control socket failed for a reason of our own", exc_info=exc)
-            answer = MountError(f"the mount failed over this request: {type(exc).__name__}")
-        await connection.send(wire.encode_answer(answer))
-
-
-async def _request(connection: trio.socket.SocketType) -> wire.Unlock:
-    if not place.is_trusted(connection):
-        raise MountError("the control socket answers to its owner and to root only")
-    with trio.fail_after(REQUEST_S):
-        return wire.decode_request(await connection.recv(wire.MESSAGE_MAX))
+            return MountError(f"the server failed over this request: {type(exc).__name__}")
