@@ -61,7 +61,7 @@ def test_the_mount_shows_sessions_and_their_disks(live: LiveMounted, sr: Path) -
     with fails_with(errno.EXDEV):
         os.link(sr / "disk.raw", live.mount / "second/x")
     with fails_with(errno.EXDEV):
-        os.rename(sr / "disk.raw", live.mount / "second/x")
+        (sr / "disk.raw").rename(live.mount / "second/x")
 
 
 def test_what_an_sr_driver_tries(live: LiveMounted, sr: Path) -> None:
@@ -134,8 +134,8 @@ def test_nobody_makes_or_reads_a_stub(live: LiveMounted, sr: Path) -> None:
     assert (sr / "copy").stat().st_size == 0
     for way in ("../tree.stubs/0", "../../vm/tree.stubs/0"):
         assert not (live.directory / way).exists()
-    os.symlink(live.backing.with_name("tree.stubs"), sr / "out")
-    assert os.readlink(sr / "out") == str(live.backing.with_name("tree.stubs"))
+    (sr / "out").symlink_to(live.backing.with_name("tree.stubs"))
+    assert (sr / "out").readlink() == live.backing.with_name("tree.stubs")
     assert stat.S_ISLNK((sr / "out").lstat().st_mode)
     assert not list(live.backing.with_name("tree.stubs").glob("x"))
     with fails_with(errno.EPERM):
@@ -158,7 +158,7 @@ def test_modes_owners_times_and_special_files(live: LiveMounted, sr: Path) -> No
     os.chown(sr / "disk.raw", 0, 0)
     os.mkfifo(sr / "pipe", 0o604)
     assert (sr / "pipe").lstat().st_mode == stat.S_IFIFO | 0o604
-    os.symlink("nowhere", sr / "link")
+    (sr / "link").symlink_to("nowhere")
     os.chown(sr / "link", 5, 6, follow_symlinks=False)
     assert (sr / "link").lstat().st_uid == 5
     for name in ("file", "pipe", "link"):
@@ -188,6 +188,7 @@ def test_errors_are_those_of_a_file_system(sr: Path) -> None:
     (sr / "d").mkdir()
     (sr / "d/f").write_bytes(b"1")
     (sr / "g").write_bytes(b"2")
+    (sr / "l").symlink_to("g")
     for code, attempt in [
         (errno.ENOTEMPTY, (sr / "d").rmdir),
         (errno.EEXIST, (sr / "d").mkdir),
@@ -200,7 +201,7 @@ def test_errors_are_those_of_a_file_system(sr: Path) -> None:
         (errno.EINVAL, lambda: (sr / "d").rename(sr / "d/e")),
         (errno.ENAMETOOLONG, (sr / ("x" * 256)).touch),
         (errno.EEXIST, lambda: os.open(sr / "g", os.O_CREAT | os.O_EXCL)),
-        (errno.ELOOP, lambda: os.open(sr / "l", os.O_NOFOLLOW) if os.symlink("g", sr / "l") is None else 0),
+        (errno.ELOOP, lambda: os.open(sr / "l", os.O_NOFOLLOW)),
     ]:
         with fails_with(code):
             attempt()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import trio
@@ -105,7 +106,11 @@ class LiveMount:
             await trio.sleep(SETTLE_S)
             self._tree.settle()
             while self._tree.gone:
-                pyfuse3.invalidate_entry_async(pyfuse3.ROOT_INODE, self._tree.gone.pop(), ignore_enoent=True)
+                name, disks = self._tree.gone.pop()
+                pyfuse3.invalidate_entry_async(pyfuse3.ROOT_INODE, name, ignore_enoent=True)
+                for inode in disks:
+                    with suppress(OSError):  # the kernel does not know it
+                        pyfuse3.invalidate_inode(inode)
 
 
 def _allow_descriptors() -> None:

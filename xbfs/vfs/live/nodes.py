@@ -114,25 +114,29 @@ class Nodes:
             status = os.fstat(fd)
         except OSError as exc:
             raise StorageError(f"{directory} can not be shown: {exc.strerror}") from exc
-        others = {node.session.device for node in self.held.values()}
-        if status.st_ino in self.held or not ROOT < status.st_ino < OWN or others - {status.st_dev}:
+        shown = [node.session for node in self.held.values() if not node.session.is_gone]
+        taken = any(session.inode == status.st_ino or session.device != status.st_dev for session in shown)
+        if taken or not ROOT < status.st_ino < OWN:
             os.close(fd)
             raise StorageError(f"{directory} can not be shown: all sessions must lie in one file system, each once")
         session = ShownSession(name, status.st_ino, status.st_dev)
-        self.held[status.st_ino] = Node(status.st_ino, generation_of(fd), fd, session, None)
+        self._hold(session, fd)
         return session
 
     def _hold(self, session: ShownSession, fd: int) -> Node:
         """The node of a file whose descriptor is given away. Raises Refused for files of other file systems."""
         status = os.fstat(fd)
         node = self.held.get(status.st_ino)
-        if node is not None or status.st_dev != session.device or not ROOT < status.st_ino < OWN:
-            os.close(fd)
-            if node is None or node.session is not session:
-                raise refused(errno.ENOENT)
+        disk = session.stubs.get(status.st_ino)
+        if node is None and status.st_dev == session.device and ROOT < status.st_ino < OWN:
+            node = self.held[status.st_ino] = Node(status.st_ino, generation_of(fd), fd, session, disk)
             return node
-        node = Node(status.st_ino, generation_of(fd), fd, session, session.stubs.get(status.st_ino))
-        self.held[status.st_ino] = node
+        os.close(fd)
+        if node is not None and node.session.is_gone:
+            # The session was shown before, and the kernel still knows its files.
+            node.session, node.disk = session, disk
+        if node is None or node.session is not session:
+            raise refused(errno.ENOENT)
         return node
 
 

@@ -45,7 +45,10 @@ _log = Logger("xbfs.live")
 
 
 class LiveTree:
-    """Of one live mount. ``deadline_s``: how long a read, or what a write needs of the restore point, may take."""
+    """Of one live mount. ``deadline_s``: how long a read, or what a write needs of the restore point, may take.
+
+    ``gone``: names, and disks by inode number, that the kernel shall forget.
+    """
 
     def __init__(self, clock: Clock, *, deadline_s: float = READ_DEADLINE_S) -> None:
         self.deadline_s = deadline_s
@@ -54,7 +57,7 @@ class LiveTree:
         self.nodes = Nodes()
         self.frozen = Frozen(self._began_ns)
         self._sessions: dict[bytes, ShownSession] = {}
-        self.gone: list[bytes] = []
+        self.gone: list[tuple[bytes, list[int]]] = []
 
     def add(self, name: str, directory: Path, disks: Mapping[str, Overlay]) -> None:
         """Show ``directory`` as ``name``, with ``disks`` by key in place of its stubs. Raises StorageError."""
@@ -83,7 +86,7 @@ class LiveTree:
         if session.opened and not force:
             raise SessionBusy(f"{session.opened} files of session {name} are open")
         del self._sessions[key]
-        self.gone.append(key)
+        self.gone.append((key, list(session.stubs)))
         self.frozen.hide(key)
         self._drop(session)
 
