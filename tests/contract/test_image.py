@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.disks import CHUNK, VHD_BLOCK, MemoryDisk, dynamic_vhd, fixed_vhd
+from tests.support.overlays import frozen_overlay, hydrated_overlay, written_overlay
 from tests.support.point_disks import point_disk
 from xbfs.view.synthetic import SyntheticImage
 from xbfs_engine.formats.raw import RawLayout
@@ -26,6 +27,9 @@ IMAGES: dict[str, Callable[[MemoryDisk], RandomAccess]] = {
     "dynamic VHD": dynamic_vhd,
     "fixed VHD": fixed_vhd,
     "restore point": point_disk,
+    "overlay": written_overlay,
+    "frozen overlay": frozen_overlay,
+    "hydrated overlay": hydrated_overlay,
 }
 DISKS: dict[str, Callable[[], MemoryDisk]] = {
     "empty": lambda: MemoryDisk(0, {}),

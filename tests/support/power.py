@@ -69,6 +69,9 @@ class ModelFile:
             self._do((offset, length, bytes(length)))
         return self.makes_holes
 
+    def room(self) -> tuple[int, int]:
+        return 1 << 40, 1 << 40
+
     def fileno(self) -> int:
         return -1
 

@@ -84,6 +84,10 @@ class StateFile(Protocol):
         """All that was done to the file before is durable (fdatasync)."""
         ...
 
+    def room(self) -> tuple[int, int]:
+        """Bytes that the file system has left for this process, and bytes it has in all."""
+        ...
+
     def fileno(self) -> int:
         """Its descriptor."""
         ...
@@ -272,6 +276,13 @@ class _File:
             os.fdatasync(self._fd)
         except OSError as exc:
             raise _error(exc, f"sync {self._path}") from exc
+
+    def room(self) -> tuple[int, int]:
+        try:
+            found = os.fstatvfs(self._fd)
+        except OSError as exc:
+            raise _error(exc, f"stat the file system of {self._path}") from exc
+        return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
 
     def fileno(self) -> int:
         return self._fd

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from xbfs.view.overlay.files import StateFile
     from xbfs.view.overlay.reading import Reader
     from xbfs.view.overlay.state import Stamp, State
+    from xbfs_engine.core.errors import StorageFull
 
 UNSAVED: Final = ABSENT
 """In the map of what was saved: the unit is as it was at the freeze. The others mean what they mean in the overlay's
@@ -98,6 +99,13 @@ class Saved:
             hint = "the VM has lost nothing: make room where its session lies and begin again"
             message = f"the frozen disk is lost, for what the guest overwrote could not be kept: {self.failure.message}"
             raise type(self.failure)(message, hint=hint) from self.failure
+
+    def gives_way(self, failure: StorageFull) -> bool:
+        """Whether giving up the freeze makes room; it is broken then."""
+        if self.failure is not None:
+            return False
+        self.broken_by(failure)
+        return True
 
     def broken_by(self, failure: XbfsError) -> None:
         """Nobody can read the frozen disk any more; its room is given back."""

@@ -9,6 +9,7 @@ share one.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Final, Self
 
@@ -19,7 +20,7 @@ from xbfs.view.overlay.reading import Reader
 from xbfs.view.overlay.regions import LAYERS, Layer, Region, byte_runs, gathered, layered, merged, zeros
 from xbfs.view.overlay.state import State
 from xbfs.view.overlay.unitmap import COPIED, DATA, PAGE_UNITS, UNIT, ZERO
-from xbfs_engine.core.errors import SessionBusy, UsageError
+from xbfs_engine.core.errors import SessionBusy, StorageFull, UsageError
 from xbfs_engine.core.limits import DISK_SIZE_MAX
 
 if TYPE_CHECKING:
@@ -142,11 +143,7 @@ class Overlay:
             return
         self._state.admit()
         first, last = offset // UNIT, -(-(offset + length) // UNIT)
-        self._state.ranges.acquire(first, last)
-        try:
-            self._write(offset, length, buffers)
-        finally:
-            self._state.ranges.release(first, last)
+        self._change(first, last, partial(self._write, offset, length, buffers))
 
     def write_zeroes(self, offset: int, length: int) -> None:
         """Make a range zero, giving its room back where whole units lie in it. Raises as ``write_at``."""
@@ -156,11 +153,7 @@ class Overlay:
             first = offset // UNIT
             last = min(-(-end // UNIT), first + _ZERO_PIECE_UNITS)
             stop = min(end, last * UNIT)
-            self._state.ranges.acquire(first, last)
-            try:
-                self._zero(offset, stop)
-            finally:
-                self._state.ranges.release(first, last)
+            self._change(first, last, partial(self._zero, offset, stop))
             offset = stop
 
     def discard(self, offset: int, length: int) -> None:
@@ -219,7 +212,8 @@ class Overlay:
         on_progress: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> None:
         """Copy what the base holds into the overlay's files, beside all that the guest does, until it is done or
-        ``stop`` is set; can be repeated, and goes on where it ended, after a crash too. One call at a time.
+        ``stop`` is set; can be repeated, and goes on where it ended, after a crash too. One call at a time. Leaves room
+        for the guest's writes: StorageFull comes when the file system has less than 1 GiB or a tenth of it left.
 
         ``rate_bytes_s``: how fast the base is read at most. ``on_progress`` gets how far it is in the base and where
         that ends, in bytes. Raises as ``write_at``, and what reading the base raises.
@@ -253,6 +247,20 @@ class Overlay:
     def settle(self) -> None:
         """End what a crash cut short; for opening."""
         self._state.settle()
+
+    def _change(self, first: int, last: int, change: Callable[[], None]) -> None:
+        """Do ``change`` to units [first, last), alone in them."""
+        self._state.ranges.acquire(first, last)
+        try:
+            try:
+                change()
+            except StorageFull as exc:
+                # A commit takes no room from the guest: what it saved goes first.
+                if self._state.saved is None or not self._state.saved.gives_way(exc):
+                    raise
+                change()
+        finally:
+            self._state.ranges.release(first, last)
 
     def _write(self, offset: int, length: int, buffers: Sequence[Buffer]) -> None:
         """``write_at`` for who holds the range."""
