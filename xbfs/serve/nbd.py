@@ -66,7 +66,9 @@ class NbdPlace:
         return f"nbd+unix:///{quote(file)}?socket={quote(str(self.socket))}"
 
 
-async def serve_nbd(export: NbdExport, *, task_status: trio.TaskStatus[NbdPlace], clock: Clock | None = None) -> None:
+async def serve_nbd(
+    export: NbdExport, *, task_status: trio.TaskStatus[NbdPlace] = trio.TASK_STATUS_IGNORED, clock: Clock | None = None
+) -> None:
     """Export until cancelled; started with the place once clients can connect. Raises ExportFailed before that."""
     unix = export.state / "nbd.sock"
     if len(os.fsencode(unix)) > _SOCKET_PATH_MAX:

@@ -13,6 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
+import trio
+
 from xbfs.serve.child import Program, answers, keep_running
 from xbfs_engine.core.errors import ExportFailed, StorageError
 from xbfs_engine.core.runtime import Clock, SystemClock
@@ -20,8 +22,6 @@ from xbfs_engine.storage.files import make_directories, write_replace
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import trio
 
 ROOT: Final = "/xbfs"
 """What clients see the live mount as, by NFSv3 and NFSv4."""
@@ -66,7 +66,9 @@ class NfsPlace:
         return f"nfs://{host}{quote(self.path(session))}/{quote(file)}"
 
 
-async def serve_nfs(export: NfsExport, *, task_status: trio.TaskStatus[NfsPlace], clock: Clock | None = None) -> None:
+async def serve_nfs(
+    export: NfsExport, *, task_status: trio.TaskStatus[NfsPlace] = trio.TASK_STATUS_IGNORED, clock: Clock | None = None
+) -> None:
     """Export until cancelled; started with the place once clients can mount. Raises ExportFailed before that."""
     recovery, settings = export.state / "recovery", export.state / "ganesha.conf"
     try:
@@ -118,7 +120,8 @@ NFSv4 {{
   RecoveryRoot = "{recovery}";
 }}
 NFS_KRB5 {{ Active_krb5 = false; }}
-LOG {{ Format {{ EPOCH = false; HOSTNAME = false; PROGNAME = false; PID = false; THREAD_NAME = false; }} }}
+LOG {{ Format {{ EPOCH = false; HOSTNAME = false; PROGNAME = false; PID = false; THREAD_NAME = false;
+  FILE_NAME = false; LINE_NUM = false; }} }}
 VFS {{ symlink_support = false; }}
 MDCACHE {{ FD_LWMark_Percent = 0; LRU_Run_Interval = 5; }}
 EXPORT {{

@@ -1,0 +1,85 @@
+"""Exports of a live mount for tests: a server process that can be killed and started anew, with counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.support.live_mounts import ROOT, LiveMounted
+from xbfs.serve.nbd import NbdPlace
+from xbfs.serve.nfs import NfsPlace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+WAIT_S = 30
+
+
+class Exported(LiveMounted):
+    """As LiveMounted, with an export: ``nbd`` of the session, or ``nfs`` of all."""
+
+    def __init__(self, folder: Path, kind: str, address: str, *more: str) -> None:
+        super().__init__(folder)
+        self._kind, self._address, self._more = kind, address, more
+        self.told: dict[str, str] = {}
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "tests.support.export_server", self._kind, self.state, self.mount]
+        command += [self.control, self._address, *self._more]
+        with self.log.open("ab") as log:
+            self.server = subprocess.Popen(
+                [*map(str, command)],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "engine")])},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        assert self.server.stdout is not None
+        line = self.server.stdout.readline()
+        if not line:
+            self.wait()
+            raise AssertionError(self.log.read_text())
+        self.told = json.loads(line)
+
+    @property
+    def nbd(self) -> NbdPlace:
+        return NbdPlace(
+            Path(self.told["socket"]), self._address, int(self.told["port"]), Path(self.told["certificates"])
+        )
+
+    @property
+    def nfs(self) -> NfsPlace:
+        return NfsPlace(self._address, int(self.told["port"]), int(self.told["mount_port"]))
+
+    def count(self, name: str) -> int:
+        """How often the overlays did that."""
+        counted: int = json.loads((self.control / "counts").read_text())[name]
+        return counted
+
+
+def children(pid: int, name: str) -> list[int]:
+    """Processes of that name whose parent is ``pid``."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+        except OSError:
+            continue  # it has ended
+        if fields["Name"] == name and int(fields["PPid"]) == pid:
+            found.append(int(fields["Pid"]))
+    return sorted(found)
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Until it holds."""
+    end = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.02)
