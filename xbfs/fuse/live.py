@@ -57,7 +57,7 @@ class LiveMount:
         files = OpenFiles()
 
         def plane_of(device: int, ended: Callable[[], None]) -> LivePlane:
-            return LivePlane(device, files, self._clock, ended=ended)
+            return LivePlane(device, files, self._clock, attributes=self._tree.attributes, ended=ended)
 
         options = {"default_permissions", "nosuid", "nodev", f"fsname={NAME}", f"subtype={mountpoint.SUBTYPE}"}
         hint = ""

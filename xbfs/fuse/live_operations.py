@@ -9,13 +9,14 @@ import errno
 import functools
 import os
 from itertools import count
-from typing import TYPE_CHECKING, Concatenate, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, StatvfsData
 
 from xbfs.fuse.guard import guarded
+from xbfs.fuse.live_plane import IO_BYTES, KEPT_S
 from xbfs.vfs.live.attributes import OWN
 from xbfs.vfs.live.changes import Asker, Changes
 from xbfs.vfs.live.handles import OpenDisk, OpenForeign
@@ -32,11 +33,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-KEPT_S: Final = 1.0
-"""How long the kernel may keep names and attributes: it sees all changes itself, but those by hand."""
-_IO_BYTES: Final = 4096
-"""What stat(2) recommends for reads and writes: a unit of an overlay."""
 
 
 def _passed_on(
@@ -281,7 +277,7 @@ def _entry(found: Attributes) -> EntryAttributes:
     entry.st_uid, entry.st_gid = found.uid, found.gid
     entry.st_rdev = found.rdev
     entry.st_size = found.size_bytes
-    entry.st_blocks, entry.st_blksize = found.blocks, _IO_BYTES
+    entry.st_blocks, entry.st_blksize = found.blocks, IO_BYTES
     entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = found.atime_ns, found.mtime_ns, found.ctime_ns
     # Sessions come and go without the kernel.
     entry.entry_timeout = entry.attr_timeout = KEPT_S

@@ -1,11 +1,13 @@
-"""The data plane of a writable mount: also WRITE, FSYNC and FALLOCATE are answered in the thread that took them.
+"""The data plane of a writable mount: also WRITE, FSYNC, FALLOCATE and GETATTR are answered by who took them.
 
 Owns nothing beyond ``plane``. A write takes its bytes from the request where they lie; only one that has to wait for
-the restore point without a thread (``Parked``) copies them.
+the restore point without a thread (``Parked``) copies them. Attributes are asked for after every write whose writer
+looks at the file, as NFS servers do.
 """
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, Final
 
 from xbfs.fuse import wire
@@ -15,10 +17,20 @@ from xbfs.vfs.live.handles import LOCAL_S
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from xbfs.fuse.files import OpenFiles
     from xbfs.vfs.gate import Parked
+    from xbfs.vfs.live.attributes import Attributes
     from xbfs.vfs.live.handles import WritableFile
     from xbfs.view.base import Part
+    from xbfs_engine.core.runtime import Clock
 
+KEPT_S: Final = 1
+"""How long the kernel may keep names and attributes: it sees all changes itself, but those by hand."""
+IO_BYTES: Final = 4096
+"""What stat(2) recommends for reads and writes: a unit of an overlay."""
+_S_NS: Final = 10**9
+_U64: Final = (1 << 64) - 1
+"""Times before 1970 are negative numbers in fields without a sign."""
 _HEADER_BYTES: Final = wire.IN_HEADER.size
 _DATA_AT: Final = wire.IN_HEADER.size + wire.WRITE_IN.size
 
@@ -52,6 +64,18 @@ class LivePlane(DataPlane):
     # pages whenever it sees an mtime that moved, though nobody else writes.
     init_flags = (wire.INIT_KILLPRIV_V2, wire.INIT_AUTO_INVAL_DATA)
 
+    def __init__(
+        self,
+        device: int,
+        files: OpenFiles,
+        clock: Clock,
+        *,
+        attributes: Callable[[int], Attributes],
+        ended: Callable[[], None],
+    ) -> None:
+        super().__init__(device, files, clock, ended=ended)
+        self._attributes = attributes
+
     def _handled(self, opcode: int, unique: int, request: memoryview) -> Outcome:
         if opcode == wire.WRITE:
             handle, offset, size, flags, *_ = wire.WRITE_IN.unpack_from(request, _HEADER_BYTES)
@@ -70,6 +94,14 @@ class LivePlane(DataPlane):
             if file is not None:
                 limit_s = file.write_limit_s(offset, length)
                 return self._work(unique, file, _allocation(file, mode, offset, length), offset, length, limit_s)
+        elif opcode == wire.GETATTR:
+            try:
+                found = self._attributes(wire.IN_HEADER.unpack_from(request)[3])
+            except OSError as exc:
+                self._refuse(unique, exc.errno or errno.EIO)
+            else:
+                self._answer(unique, (_told(found),))
+            return Outcome.DONE
         return super()._handled(opcode, unique, request)
 
     def _work(
@@ -87,6 +119,28 @@ class LivePlane(DataPlane):
         if isinstance(call, _Write):
             call.keep()
         super()._park(stalled, unique, call)
+
+
+def _told(found: Attributes) -> bytes:
+    """What GETATTR is answered."""
+    times = (found.atime_ns, found.mtime_ns, found.ctime_ns)
+    return wire.ATTR_OUT.pack(
+        KEPT_S,
+        0,
+        0,
+        found.inode,
+        found.size_bytes,
+        found.blocks,
+        *(ns // _S_NS & _U64 for ns in times),
+        *(ns % _S_NS for ns in times),
+        found.mode,
+        found.nlink,
+        found.uid,
+        found.gid,
+        found.rdev,
+        IO_BYTES,
+        0,
+    )
 
 
 def _flush(file: WritableFile, *, data_only: bool) -> Callable[[], Sequence[Part]]:

@@ -25,9 +25,13 @@ FSYNC_IN: Final = struct.Struct("=QII")
 """File handle, flags, nothing."""
 FALLOCATE_IN: Final = struct.Struct("=QQQII")
 """File handle, offset, length, mode, nothing."""
+ATTR_OUT: Final = struct.Struct("=QIIQQQQQQIIIIIIIIII")
+"""Valid for (seconds, nanoseconds), nothing; then fuse_attr: inode, size, blocks, seconds of atime, mtime, ctime,
+their nanoseconds, mode, links, owner, group, device, block size, flags."""
 OPEN_OUT: Final = struct.Struct("=QII")
 """File handle, flags, nothing."""
 
+GETATTR: Final = 3
 READLINK: Final = 5
 READ: Final = 15
 WRITE: Final = 16
@@ -56,6 +60,7 @@ REQUEST_MAX: Final = (1 << 20) + 8192
 assert IN_HEADER.size == 40
 assert OUT_HEADER.size == 16
 assert WRITE_IN.size == 40
+assert ATTR_OUT.size == 104
 assert FALLOCATE_IN.size == 32
 
 

@@ -123,18 +123,26 @@ class LiveDisk:
 
     def flush(self) -> None:
         """fsync(2). Raises as ``Overlay.flush``, Refused."""
+        self.settle()
         me = self._entered()
         try:
-            self.settle()
             self.overlay.flush()
         finally:
             self._inside.discard(me)
 
     def settle(self) -> None:
-        """Have the stub's mtime follow what was written since the last call: not a system call for each write."""
-        if self._written:
+        """Have the stub's mtime follow what was written since the last call: not a system call for each write.
+
+        Raises OSError.
+        """
+        if not self._written:
+            return
+        me = self._entered()
+        try:
             self._written = False
             os.utime(path_of(self.stub), ns=(os.fstat(self.stub).st_atime_ns, self._clock.now_ns()))
+        finally:
+            self._inside.discard(me)
 
     def leave(self) -> bool:
         """Nobody gets in from now on. Whether all came out within LEAVE_S; who waits for the storage may not."""

@@ -2,7 +2,7 @@
 
 Owns which sessions are shown and which of their files the kernel knows. Names, links, modes and foreign files are the
 backing file system's, done to it by descriptor and single name, so nothing outside a session's directory is reached.
-Event-loop thread only, but for ``resize`` and for what is open (``handles``). OSErrors are answers for the client.
+Event-loop thread only, but for ``attributes`` and for what is open (``handles``). OSErrors are answers for the client.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class LiveTree:
         return self.nodes.entered(self.nodes.find(node.session, node.fd, name))
 
     def attributes(self, inode: int) -> Attributes:
-        """What stat(2) tells. Raises OSError."""
+        """What stat(2) tells. Any thread may ask, while the kernel knows the file. Raises OSError."""
         if inode == ROOT:
             return made_up(ROOT, stat.S_IFDIR | 0o755, 0, self._began_ns)
         if inode >= OWN:
