@@ -17,6 +17,7 @@ from xbfs.fuse import mountpoint
 from xbfs.fuse.files import OpenFiles
 from xbfs.fuse.live_plane import LivePlane
 from xbfs.fuse.mount import USABLE_S, connected, tune_read_ahead
+from xbfs.vfs.live.disks import LEAVE_S
 from xbfs_engine.core.errors import MountFailed
 from xbfs_engine.core.log import Logger
 
@@ -33,6 +34,7 @@ SETTLE_S: Final = 1.0
 """How often the times of disks that are written to are put down."""
 FILES_MAX: Final = 65536
 """Descriptors wanted: each file that the kernel knows takes one."""
+_POLL_S: Final = 0.01
 
 _log = Logger("xbfs.live")
 
@@ -64,8 +66,14 @@ class LiveMount:
         if self._allow_other:
             options.add("allow_other")
             hint = "" if os.geteuid() == 0 else "allow_other needs the line user_allow_other in /etc/fuse.conf"
-        with connected(plane_of, LiveOperations(self._tree, files), path, options, hint) as plane:
-            await self._serve(plane, path, task_status)
+        try:
+            with connected(plane_of, LiveOperations(self._tree, files), path, options, hint) as plane:
+                await self._serve(plane, path, task_status)
+        finally:
+            # Threads may still be in a disk that whoever runs this is going to close.
+            with trio.move_on_after(LEAVE_S, shield=True):
+                while not self._tree.is_quiet:  # noqa: ASYNC110 - threads tell nobody when they leave
+                    await trio.sleep(_POLL_S)
 
     async def _serve(self, plane: LivePlane, path: Path, task_status: trio.TaskStatus[None]) -> None:
         import pyfuse3

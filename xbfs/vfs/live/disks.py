@@ -144,14 +144,19 @@ class LiveDisk:
         finally:
             self._inside.discard(me)
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nobody is in the overlay now."""
+        return not self._inside
+
     def leave(self) -> bool:
         """Nobody gets in from now on. Whether all came out within LEAVE_S; who waits for the storage may not."""
         self._is_gone = True
         for _ in range(int(LEAVE_S / _POLL_S)):
-            if not self._inside:
+            if self.is_quiet:
                 return True
             time.sleep(_POLL_S)
-        return not self._inside
+        return self.is_quiet
 
     def _entered(self) -> int:
         """This thread, noted; the caller takes the note away. Raises Refused: the look comes after the note."""

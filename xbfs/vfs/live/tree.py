@@ -95,6 +95,11 @@ class LiveTree:
         session = self._sessions.get(os.fsencode(name))
         return session is not None and session.opened > 0
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nobody is in an overlay now: who has unmounted waits for that before closing them."""
+        return all(disk.is_quiet for session in self._sessions.values() for disk in session.stubs.values())
+
     def show_images(self, name: str, images: Mapping[str, RandomAccess]) -> None:
         """Show ``images`` by file name as ``.frozen/<name>/<file>``, read-only."""
         self.frozen.show(os.fsencode(name), images)
