@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from xbfs.fuse import wire
 from xbfs.fuse.plane import DataPlane, Outcome
 from xbfs.vfs.live.handles import LOCAL_S
+from xbfs.vfs.live.tree import PASSED_ON
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ _S_NS: Final = 10**9
 _U64: Final = (1 << 64) - 1
 """Times before 1970 are negative numbers in fields without a sign."""
 _HEADER_BYTES: Final = wire.IN_HEADER.size
+_NAME_AT: Final = wire.IN_HEADER.size + wire.GETXATTR_IN.size
 _DATA_AT: Final = wire.IN_HEADER.size + wire.WRITE_IN.size
 
 
@@ -101,6 +103,10 @@ class LivePlane(DataPlane):
                 self._refuse(unique, exc.errno or errno.EIO)
             else:
                 self._answer(unique, (_told(found),))
+            return Outcome.DONE
+        elif opcode == wire.GETXATTR and request[_NAME_AT : _NAME_AT + len(PASSED_ON)] != PASSED_ON:
+            # Before a write that follows upon a look at the file the kernel asks for security.capability.
+            self._refuse(unique, errno.ENODATA)
             return Outcome.DONE
         return super()._handled(opcode, unique, request)
 

@@ -23,6 +23,8 @@ WRITE_OUT: Final = struct.Struct("=II")
 """Size, nothing."""
 FSYNC_IN: Final = struct.Struct("=QII")
 """File handle, flags, nothing."""
+GETXATTR_IN: Final = struct.Struct("=II")
+"""Size, nothing; the name follows, with a zero byte."""
 FALLOCATE_IN: Final = struct.Struct("=QQQII")
 """File handle, offset, length, mode, nothing."""
 ATTR_OUT: Final = struct.Struct("=QIIQQQQQQIIIIIIIIII")
@@ -36,6 +38,7 @@ READLINK: Final = 5
 READ: Final = 15
 WRITE: Final = 16
 FSYNC: Final = 20
+GETXATTR: Final = 22
 OPENDIR: Final = 27
 INTERRUPT: Final = 36
 FALLOCATE: Final = 43

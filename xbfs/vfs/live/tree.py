@@ -38,7 +38,7 @@ READ_DEADLINE_S: Final = 30.0
 """What the repository gets to answer; as ``--deadline`` of a mount."""
 _OPEN_FLAGS: Final = os.O_ACCMODE | os.O_TRUNC
 """Of what a client opens with, all that concerns the backing file: the kernel above does the rest."""
-_EXTENDED: Final = b"user."
+PASSED_ON: Final = b"user."
 """Of extended attributes only these are passed on: others mean something to kernels."""
 
 _log = Logger("xbfs.live")
@@ -224,7 +224,7 @@ class LiveTree:
 
     def extended(self, inode: int, name: bytes) -> bytes:
         """An extended attribute. Raises OSError."""
-        if not name.startswith(_EXTENDED) or inode == ROOT or inode >= OWN:
+        if not name.startswith(PASSED_ON) or inode == ROOT or inode >= OWN:
             raise refused(errno.ENODATA)
         return os.getxattr(self.nodes.get(inode).path, name)
 
@@ -233,12 +233,12 @@ class LiveTree:
         if inode == ROOT or inode >= OWN:
             return []
         names = map(os.fsencode, os.listxattr(self.nodes.get(inode).path))
-        return [name for name in names if name.startswith(_EXTENDED)]
+        return [name for name in names if name.startswith(PASSED_ON)]
 
     def extend(self, inode: int, name: bytes, value: bytes | None) -> None:
         """Set an extended attribute, or remove it. Raises OSError."""
         node = self._own(inode)
-        if not name.startswith(_EXTENDED):
+        if not name.startswith(PASSED_ON):
             raise refused(errno.EOPNOTSUPP)
         if value is None:
             os.removexattr(node.path, name)
