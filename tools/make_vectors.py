@@ -19,6 +19,7 @@ import numpy as np
 import trio
 
 from xbfs_engine.catalog.blockmap import MapRoot
+from xbfs_engine.catalog.boottests import BootTest, Signal, Verdict, seal_boot_test
 from xbfs_engine.catalog.catalog import Catalog
 from xbfs_engine.catalog.fileindex.records import (
     DiskReads,
@@ -212,6 +213,15 @@ def file_index() -> FileIndex:
     return FileIndex(PointId(filler("point", 32).hex()), "xbfs 0.1.0", NOW_NS, ("a note",), tree, volumes, reads)
 
 
+def boot_test() -> BootTest:
+    """The result of a boot test that went well."""
+    return BootTest(
+        PointId(filler("point", 32).hex()), NOW_NS, Verdict.BOOTED, "a login prompt on the console",
+        (Signal("console", "for", "a login prompt"), Signal("reset", "", "0 resets")), 31_000, 900, 30_500,
+        "tcg", "bios", "xbfs 0.1.0", "node-1", "web login: ", b"\x89PNG\r\n\x1a\n",
+    )  # fmt: skip
+
+
 def index_blob(keys: KeySet) -> bytes:
     """An index blob that lists ``indexed``."""
     storage = MemoryStorage()
@@ -228,6 +238,8 @@ def deterministic() -> dict[str, bytes]:
         open_object(keys, ObjectKind.FILE_INDEX, seal_file_index(keys, CountingRandom("files"), file_index()), "files"),
         "files",
     )
+    sealed_test = seal_boot_test(keys, CountingRandom("tests"), boot_test())
+    tested = wire.decode(open_object(keys, ObjectKind.BOOT_TEST, sealed_test, "tests"), "tests")
     return {
         "repository_id": keys.repository_id,
         "chunk_id_key": keys.chunk_id_key,
@@ -249,6 +261,8 @@ def deterministic() -> dict[str, bytes]:
         "file_segment_body": encode_segment(entries()),
         "file_index_body": files.raw("body"),
         "file_index_signature": files.raw("signature"),
+        "boot_test_body": tested.raw("body"),
+        "boot_test_signature": tested.raw("signature"),
         **wires(),
         **secrets(keys),
         "recovery_code": format_code(filler("recovery", 20)).encode(),
@@ -279,6 +293,7 @@ def randomised() -> dict[str, bytes]:
     found["index_blob"] = index_blob(keys)
     found["manifest_blob"] = seal_manifest(keys, random, point())
     found["file_index_blob"] = seal_file_index(keys, random, file_index())
+    found["boot_test_blob"] = seal_boot_test(keys, random, boot_test())
     return found
 
 

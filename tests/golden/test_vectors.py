@@ -17,6 +17,7 @@ from blake3 import blake3
 from tests.support.engine import Engine
 from tests.support.runtime import test_runtime
 from tools import make_vectors as made
+from xbfs_engine.catalog.boottests import open_boot_test
 from xbfs_engine.catalog.fileindex.root import open_file_index
 from xbfs_engine.catalog.fileindex.segment import Segment
 from xbfs_engine.catalog.node import SAME_PACK, Node
@@ -165,6 +166,16 @@ def test_the_kept_file_index_opens() -> None:
     signed.version(1)
     assert signed.raw("body") == pinned("file_index_body")
     assert signed.raw("signature", 64) == pinned("file_index_signature")
+
+
+def test_the_kept_boot_test_opens() -> None:
+    result = made.boot_test()
+    blob = kept("boot_test_blob")
+    assert open_boot_test(KEYS, result.point, blob) == result
+    signed = wire.decode(open_object(KEYS, ObjectKind.BOOT_TEST, blob, "vector"), "vector")
+    signed.version(1)
+    assert signed.raw("body") == pinned("boot_test_body")
+    assert signed.raw("signature", 64) == pinned("boot_test_signature")
 
 
 def test_wire_records_decode_to_what_was_encoded() -> None:

@@ -49,6 +49,7 @@ class ObjectKind(IntEnum):
     INDEX = 3
     MANIFEST = 4
     FILE_INDEX = 5
+    BOOT_TEST = 6
 
 
 class OpenedHeader(NamedTuple):

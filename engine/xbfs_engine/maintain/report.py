@@ -40,6 +40,7 @@ class Kind(StrEnum):
     DATA_PACK = "data pack"
     METADATA_PACK = "metadata pack"
     FILE_INDEX = "file index"
+    BOOT_TEST = "boot test"
     BLOB = "blob"
     ROLE = "role"
 

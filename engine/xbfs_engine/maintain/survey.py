@@ -1,8 +1,8 @@
 """The course of a check or verify: what is listed first, what is examined in which order, and what is concluded.
 
-Names are listed in the opposite order of writing (file indexes, points, index blobs, packs), so that a backup running
-meanwhile shows up as packs that nothing refers to yet, never as damage. One thread conducts; packs are examined by
-several.
+Names are listed in the opposite order of writing (file indexes and boot tests, points, index blobs, packs), so that a
+backup running meanwhile shows up as packs that nothing refers to yet, never as damage. One thread conducts; packs are
+examined by several.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from itertools import chain
 from typing import TYPE_CHECKING, Final
 
+from xbfs_engine.catalog import boottests
 from xbfs_engine.catalog.blockmap import NodeStore
 from xbfs_engine.catalog.catalog import Catalog
 from xbfs_engine.catalog.fileindex.indexes import listed_roots
@@ -18,7 +19,14 @@ from xbfs_engine.codec.config import CONFIG_SIZE_MAX, decode_config
 from xbfs_engine.codec.envelope import ObjectKind
 from xbfs_engine.codec.keys import Role
 from xbfs_engine.codec.slots import SlotContents
-from xbfs_engine.core.errors import BlobNotFound, KeySlotDamaged, RepositoryError, StorageError
+from xbfs_engine.core.errors import (
+    BlobNotFound,
+    FormatTooNew,
+    IntegrityError,
+    KeySlotDamaged,
+    RepositoryError,
+    StorageError,
+)
 from xbfs_engine.core.ids import BlobHash
 from xbfs_engine.maintain.fileindexes import FileIndexScan
 from xbfs_engine.maintain.findings import PACK_KINDS, Findings
@@ -50,6 +58,7 @@ _NAMES: Final = {
     "data": re.compile(r"data/([0-9a-f]{2})/(\1[0-9a-f]{62})"),
     "files": re.compile(r"files/([0-9a-f]{64})/([0-9]{8})"),
     "meta": re.compile(r"meta/([0-9a-f]{2})/(\1[0-9a-f]{62})"),
+    "tests": boottests.NAME,
 }
 """Our folders, and what blobs in them are called."""
 _PACKS: Final = {"data": ObjectKind.DATA_PACK, "meta": ObjectKind.METADATA_PACK}
@@ -79,6 +88,7 @@ class Survey:
     def run(self) -> Report:
         """Examine everything. Raises Cancelled, and StorageError if the storage itself fails."""
         file_indexes = listed_roots(self._storage)
+        boot_tests = boottests.listed_tests(self._storage)
         self._catalog.refresh()
         points = self._catalog.points()
         index_names = [
@@ -104,6 +114,7 @@ class Survey:
             self._examine_file_indexes(
                 file_indexes, FileIndexScan(self._repository, reader, table, lists, self._findings)
             )
+            self._examine_boot_tests(boot_tests)
             self._conclude(table)
             if self._findings.damages:
                 self._begin("impact", 0)
@@ -238,6 +249,23 @@ class Survey:
         known = {point.id for point in self._catalog.points()} | {point.id for point in self._catalog.damaged()}
         for point, root in sorted(roots.items()):
             scan.examine(point, root, is_known=point in known)
+            self._done += 1
+            self._tick(0)
+
+    def _examine_boot_tests(self, listed: list[boottests.Listed]) -> None:
+        """A damaged result is damage, but hits no restore point."""
+        self._begin("boot tests", len(listed))
+        known = {point.id for point in self._catalog.points()} | {point.id for point in self._catalog.damaged()}
+        for each in listed:
+            if each.point not in known:
+                self._findings.note(Kind.BOOT_TEST, each.name, "is of no restore point: nobody needs it")
+            try:
+                boottests.read_boot_test(self._repository, each)
+            except BlobNotFound:
+                pass  # deleted since it was listed
+            except (IntegrityError, FormatTooNew, StorageError) as exc:
+                detail = f"{exc.message}; test the point again, and delete this file; no restore point needs it"
+                self._findings.damage(Kind.BOOT_TEST, each.name, "can not be used", detail)
             self._done += 1
             self._tick(0)
 
