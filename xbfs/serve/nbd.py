@@ -55,14 +55,22 @@ class NbdPlace:
     certificates: Path | None
 
     def uri(self, file: str) -> str:
-        """Of one disk on the network, for QEMU and libnbd."""
+        """Of one disk on the network, for libnbd's programs; QEMU has no URI for TLS."""
         host = f"[{self.address}]" if ":" in self.address else self.address
         if self.certificates is None:
             return f"nbd://{host}:{self.port}/{quote(file)}"
         return f"nbds://{host}:{self.port}/{quote(file)}?tls-certificates={quote(str(self.certificates))}"
 
+    def qemu(self, file: str) -> tuple[str, str]:
+        """Of one disk on the network for QEMU: the values of its options -object and -blockdev, or --image-opts."""
+        where = f"driver=nbd,host={self.address},port={self.port},export={file.replace(',', ',,')}"
+        if self.certificates is None:
+            return "", where
+        directory = str(self.certificates).replace(",", ",,")
+        return f"tls-creds-x509,id=xbfs,endpoint=client,dir={directory}", f"{where},tls-creds=xbfs"
+
     def local_uri(self, file: str) -> str:
-        """Of one disk on the unix socket, for programs of this machine."""
+        """Of one disk on the unix socket, for QEMU and libnbd's programs on this machine."""
         return f"nbd+unix:///{quote(file)}?socket={quote(str(self.socket))}"
 
 

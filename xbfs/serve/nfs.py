@@ -7,6 +7,7 @@ on the machine beside it: docs/adr/0009-exports.md. Event-loop thread only.
 from __future__ import annotations
 
 import ipaddress
+import socket
 import struct
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +38,8 @@ _UNQUOTABLE: Final = frozenset('"\\\n\r')
 class NfsExport:
     """What is exported. ``clients``: addresses and networks that may mount it, with root's rights; nobody else may.
 
-    ``address``: of this machine, where it listens; ``mount_port``: of the MOUNT protocol of NFSv3.
+    ``address``: of this machine, what clients are told. Where there is IPv6 ganesha listens at all other addresses
+    too: ``clients`` alone keeps others out. ``mount_port``: of the MOUNT protocol of NFSv3.
     """
 
     directory: Path
@@ -76,6 +78,7 @@ async def serve_nfs(
         write_replace(settings, [_configuration(export, recovery).encode()])
     except StorageError as exc:
         raise ExportFailed(f"the state of the NFS export can not be kept: {exc}", hint=exc.hint) from exc
+    _check_address(export.address)
     log = export.state / "ganesha.log"
 
     def arguments() -> tuple[str, ...]:
@@ -87,6 +90,16 @@ async def serve_nfs(
     place = NfsPlace(export.address, export.port, export.mount_port)
     is_ready = partial(answers, export.address, export.port, say=_NULL)
     await keep_running(program, is_ready, started=lambda: task_status.started(place))
+
+
+def _check_address(address: str) -> None:
+    """Raises ExportFailed unless it is this machine's: ganesha would start, and nobody would reach it."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+            probe.bind((address, 0))
+    except OSError as exc:
+        hint = "listen at an address of this machine that the hypervisors reach"
+        raise ExportFailed(f"nobody can listen at {address}: {exc.strerror}", hint=hint) from exc
 
 
 def _configuration(export: NfsExport, recovery: Path) -> str:
@@ -165,5 +178,5 @@ def _hint(log: str) -> str:
     if "Address already in use" in log or "Cannot bind" in log:
         return "another NFS server has the port: stop nfs-kernel-server, or the live server of the other repository"
     if "No IP address found" in log:
-        return "listen at an address of this machine that the hypervisors reach"
+        return "nfs-ganesha needs a network interface that is up, beside the loopback"
     return ""
