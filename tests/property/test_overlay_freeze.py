@@ -15,6 +15,7 @@ from tests.property.test_overlay_machine import UNIT, OverlayMachine, lengths, o
 from tests.support.disks import CHUNK, MemoryDisk
 from xbfs.view.overlay import FrozenOverlay, Layer, create_overlay, freeze_all
 from xbfs_engine.core.errors import SessionBusy
+from xbfs_engine.core.runtime import SystemClock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -212,3 +213,17 @@ def test_one_freeze_at_a_time_and_all_or_none(disks: list[Overlay]) -> None:
     frozen.close()
     for disk in freeze_all(disks):
         disk.close()
+
+
+def test_a_cut_unit_that_is_copied_later_is_frozen_as_it_was(disks: list[Overlay]) -> None:
+    """The base ends earlier for the disk than for what was frozen of it, and is not needed any more by the disk alone."""
+    overlay = disks[0]
+    (frozen,) = freeze_all([overlay])
+    overlay.resize(CHUNK + 100)
+    overlay.resize(SIZE)
+    overlay.hydrate(rate_bytes_s=None, clock=SystemClock(), stop=threading.Event())
+    assert overlay.is_hydrated
+    assert frozen.read_at(0, SIZE) == MemoryDisk.full(SIZE).read_at(0, SIZE)
+    assert list(frozen.changed_extents()) == []
+    assert all(extent.is_data for extent in frozen.extents(0, SIZE))
+    frozen.close()

@@ -16,6 +16,7 @@ from threading import Condition, Lock
 from typing import TYPE_CHECKING, Final, Self
 
 from xbfs.view.base import Extent, joined
+from xbfs.view.overlay.reading import Stamp
 from xbfs.view.overlay.regions import LAYERS, Layer, Region, byte_runs, gathered, layered, merged, zeros
 from xbfs.view.overlay.unitmap import ABSENT, COPIED, DATA, PAGE_UNITS, UNIT, ZERO, UnitMap, runs_of
 from xbfs_engine.core.errors import IntegrityError, StorageError, XbfsError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from xbfs.view.base import Part
     from xbfs.view.overlay.files import StateFile
     from xbfs.view.overlay.reading import Reader
-    from xbfs.view.overlay.state import Stamp, State
+    from xbfs.view.overlay.state import State
     from xbfs_engine.core.errors import StorageFull
 
 UNSAVED: Final = ABSENT
@@ -71,9 +72,11 @@ class Saved:
             self.broken_by(exc)
 
     def save_cut(self, first: int) -> None:
-        """Units from ``first`` on are about to be cut off. Those that are the base's stay what they are."""
+        """Units from ``first`` on are about to be cut off, or cut. Those that are the base's stay so when they are
+        gone; but the first one, if some of it stays, may be copied later, as far as the base goes then."""
         if self.failure is not None:
             return
+        self.save(first, first + 1)
         try:
             for low, high, state in self._state.map.runs(first, max(first, self.units)):
                 if state == ABSENT:
@@ -181,7 +184,7 @@ class FrozenOverlay:
     def parts_at(self, offset: int, length: int) -> Sequence[Part]:
         """``read_at`` in pieces, not copied together."""
         with self._reading():
-            before = self._state.stamp
+            before = self._stamp
             end = min(offset + length, self.size_bytes)
             if offset >= end:
                 return ()
@@ -210,7 +213,7 @@ class FrozenOverlay:
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Alternating data and hole extents that cover [offset, offset+length), clipped at the end. May block."""
         end = min(offset + length, self.size_bytes)
-        return self._reader.extents(self._pieces(offset, end), self._state.stamp)
+        return self._reader.extents(self._pieces(offset, end), self._stamp)
 
     def changed_extents(self) -> Iterator[Region]:
         """All regions that are not the base's, ascending: what a new restore point must read. May block."""
@@ -231,6 +234,12 @@ class FrozenOverlay:
                 return
             self._state.saved = None
         self._saved.close()
+
+    @property
+    def _stamp(self) -> Stamp:
+        """Of now; what is absent is the base's, but for a disk that was hydrated at the freeze: an end of hydration
+        says nothing of units that a shrink has made absent."""
+        return Stamp(self._state.shrinks, self._saved.header.is_hydrated)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -280,7 +289,7 @@ class FrozenOverlay:
 
     def _parts_cached(self, offset: int, end: int) -> Sequence[Part] | None:
         first, last = offset // UNIT, -(-end // UNIT)
-        before = self._state.stamp
+        before = self._stamp
         saved, live = self._saved.map.states_cached(first, last), self._state.map.states_cached(first, last)
         if saved is None or live is None:
             return None

@@ -6,7 +6,7 @@ no state of its own; any thread may call it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xbfs.view.base import Extent
 from xbfs.view.overlay.regions import base_end_in, merged, zeros
@@ -17,9 +17,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from xbfs.view.base import Part, RandomAccess
-    from xbfs.view.overlay.state import Stamp, State
+    from xbfs.view.overlay.state import State
 
 _STORED: Final = frozenset({DATA, COPIED})
+
+
+class Stamp(NamedTuple):
+    """What a reader must know of the time before it asked for the states of units."""
+
+    shrinks: int
+    """How many shrinks there were: bytes that are missing now may have been cut off since."""
+    is_hydrated: bool
+    """Whether what is absent was a zero of the base already; else it may have been copied since."""
 
 
 class Reader:

@@ -7,10 +7,11 @@ the bytes of a unit are is ``overlay``'s. Any thread may call anything; where th
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from xbfs.view.overlay.header import COPY_OFFSETS, Header, encode
 from xbfs.view.overlay.ranges import RangeLock
+from xbfs.view.overlay.reading import Stamp
 from xbfs.view.overlay.regions import zeros
 from xbfs.view.overlay.rounds import Rounds
 from xbfs.view.overlay.unitmap import COPIED, DATA, UNIT, UnitMap, runs_of
@@ -37,15 +38,6 @@ def store(file: StateFile, header: Header) -> None:
         if file.read_at(offset, len(record)) != record:
             file.write_at(offset, [record])
             file.sync()
-
-
-class Stamp(NamedTuple):
-    """What a reader must know of the time before it asked for the states of units."""
-
-    shrinks: int
-    """How many shrinks there were: bytes that are missing now may have been cut off since."""
-    is_hydrated: bool
-    """Whether what is absent was a zero of the base already; else it may have been copied since."""
 
 
 class State:
