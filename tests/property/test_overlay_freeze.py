@@ -216,7 +216,7 @@ def test_one_freeze_at_a_time_and_all_or_none(disks: list[Overlay]) -> None:
 
 
 def test_a_cut_unit_that_is_copied_later_is_frozen_as_it_was(disks: list[Overlay]) -> None:
-    """The base ends earlier for the disk than for what was frozen of it, and is not needed any more by the disk alone."""
+    """The base ends earlier for the disk than for what was frozen, and the disk alone needs it no more."""
     overlay = disks[0]
     (frozen,) = freeze_all([overlay])
     overlay.resize(CHUNK + 100)
