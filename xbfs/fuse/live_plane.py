@@ -104,7 +104,7 @@ class LivePlane(DataPlane):
             else:
                 self._answer(unique, (_told(found),))
             return Outcome.DONE
-        elif opcode == wire.GETXATTR and request[_NAME_AT : _NAME_AT + len(PASSED_ON)] != PASSED_ON:
+        elif opcode == wire.GETXATTR and bytes(request[_NAME_AT : _NAME_AT + len(PASSED_ON)]) != PASSED_ON:
             # Before a write that follows upon a look at the file the kernel asks for security.capability.
             self._refuse(unique, errno.ENODATA)
             return Outcome.DONE

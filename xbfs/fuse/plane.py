@@ -67,6 +67,14 @@ class _Waiting(NamedTuple):
     limit_s: float
 
 
+class _Result(NamedTuple):
+    """What a request is answered: an errno or 0, the bytes, and what the file is told."""
+
+    code: int
+    parts: Sequence[Part]
+    problem: XbfsError | None
+
+
 class Outcome(Enum):
     """What became of a request: not one of ours | answered, or it will be | also, and this thread is to end."""
 
@@ -170,6 +178,8 @@ class DataPlane:
                 if exc.errno in _GONE:
                     break
                 continue  # ENOENT: whoever asked is gone; EINTR, EAGAIN
+            if not size:
+                break
             _, opcode, unique, *_ = header(buffer)
             if opcode == wire.READ:
                 handle, offset, length = read_in(buffer, wire.IN_HEADER.size)
@@ -244,24 +254,25 @@ class DataPlane:
         limit_s: float,
     ) -> bool:
         """Make a call that may wait and answer; False if this thread is not needed any more."""
-        self._waiting[unique] = _Waiting(file, call, offset, size, self._clock.monotonic_s(), limit_s)
+        waiting = _Waiting(file, call, offset, size, self._clock.monotonic_s(), limit_s)
+        self._waiting[unique] = waiting
         with self._lock:
             self._busy += 1
             alone = self._busy >= self._threads
         if alone:
             self._grow()
-        self._attempt(unique)
+        result = self._attempt(unique, waiting)
         with self._lock:
             self._busy -= 1
             superfluous = self._threads - self._busy > 2 * self._base
             self._threads -= superfluous
+        # Last of all: the answer brings the next request, whose thread must not have to wait for this one.
+        if result is not None:
+            self._tell(unique, waiting, result)
         return not superfluous
 
-    def _attempt(self, unique: int) -> None:
-        """Make the call and answer, unless the deadline already has; what is known to hang is waited for elsewhere."""
-        waiting = self._waiting.get(unique)
-        if waiting is None:
-            return
+    def _attempt(self, unique: int, waiting: _Waiting) -> _Result | None:
+        """Make the call. None if the deadline has answered already, or what is known to hang is waited for later."""
         problem: XbfsError | None = None
         parts: Sequence[Part] = ()
         code = 0
@@ -269,7 +280,7 @@ class DataPlane:
             parts = waiting.call()
         except Parked as exc:
             self._park(exc, unique, waiting.call)
-            return
+            return None
         except Refused as exc:
             code = exc.errno
         except XbfsError as exc:
@@ -277,14 +288,15 @@ class DataPlane:
         except Exception as exc:  # noqa: BLE001 - a bug there must cost one request, not the mount
             _log.error("a request failed for a reason of our own", exc_info=exc)
             code = errno.EIO
-        if self._waiting.pop(unique, None) is None:
+        return None if self._waiting.pop(unique, None) is None else _Result(code, parts, problem)
+
+    def _tell(self, unique: int, waiting: _Waiting, result: _Result) -> None:
+        if result.code == 0:
+            self._answer(unique, result.parts)
             return
-        if code == 0:
-            self._answer(unique, parts)
-            return
-        self._refuse(unique, code)
-        if problem is not None:
-            waiting.file.failed(waiting.offset, waiting.size, problem)
+        self._refuse(unique, result.code)
+        if result.problem is not None:
+            waiting.file.failed(waiting.offset, waiting.size, result.problem)
 
     def _park(self, stalled: Parked, unique: int, _call: Callable[[], Sequence[Part]]) -> None:
         """Have the request answered later; whatever the call needs of the request's bytes is overwritten then."""
@@ -298,7 +310,11 @@ class DataPlane:
     def _attempt_resumed(self) -> None:
         with suppress(IndexError):
             while True:
-                self._attempt(self._resumed.popleft())
+                unique = self._resumed.popleft()
+                waiting = self._waiting.get(unique)
+                result = None if waiting is None else self._attempt(unique, waiting)
+                if waiting is not None and result is not None:
+                    self._tell(unique, waiting, result)
 
     def _expire(self) -> None:
         now_s = self._clock.monotonic_s()
