@@ -290,7 +290,7 @@ def test_nobody_else_may_mount(network: str, tmp_path: Path) -> None:
 
 
 def test_a_port_that_is_taken_is_told(server: Exported, tmp_path: Path) -> None:
-    export = NfsExport(tmp_path, tmp_path / "state", server.nfs.address, PORT, (), 20591)
+    export = NfsExport(tmp_path, tmp_path / "state", server.nfs.address, PORT, (), MOUNT_PORT + 100)
     assert "stop nfs-kernel-server" in refusal(export).hint
 
 

@@ -6,8 +6,10 @@ process. Event-loop thread only: the kernel ends a child with the *thread* that 
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import socket
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
@@ -198,3 +200,19 @@ async def answers(address: str | Path, port: int = 0, *, say: bytes = b"") -> bo
             await stream.send_all(say)
             return bool(await stream.receive_some(1024))
     return False
+
+
+def check_free(address: str, port: int, hint: str) -> int:
+    """A port that nobody listens on: ``port``, or some one if that is 0. Raises ExportFailed, with ``hint`` if taken.
+
+    Else the program that is to be started would end, but somebody would answer in its place.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.create_server((address, port), family=family) as server:
+            free: int = server.getsockname()[1]
+    except OSError as exc:
+        if exc.errno != errno.EADDRINUSE:
+            hint = "listen at an address of this machine that clients reach"
+        raise ExportFailed(f"nobody can listen at {address} port {port}: {exc.strerror}", hint=hint) from exc
+    return free

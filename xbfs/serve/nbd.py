@@ -17,7 +17,7 @@ from urllib.parse import quote
 import trio
 
 from xbfs.serve.certificates import Directories, make_certificates
-from xbfs.serve.child import Program, answers, keep_running
+from xbfs.serve.child import Program, answers, check_free, keep_running
 from xbfs_engine.core.errors import ExportFailed, StorageError
 from xbfs_engine.core.runtime import Clock, SystemClock
 from xbfs_engine.storage.files import make_directories, write_replace
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _SOCKET_PATH_MAX: Final = 107
 """Bytes of a unix socket's path: sun_path of unix(7), less its zero."""
+_TAKEN: Final = "another program has that port; end it, or discard the session"
 _WILDCARDS: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104 - what an administrator may ask for
 
 
@@ -92,10 +93,14 @@ async def serve_nbd(
         certificates = make_certificates(export.state / "tls", _names(export.address), clock or SystemClock())
         network += ("--tls=require", f"--tls-certificates={certificates.server}", "--tls-verify-peer")
 
+    def listen() -> tuple[str, ...]:
+        check_free(export.address, port, _TAKEN)
+        return network
+
     place = NbdPlace(unix, export.address, port, certificates.client if certificates else None)
     programs = (
         (_program(export, "unix", lambda: ("--unix", str(_without(unix)))), partial(answers, unix)),
-        (_program(export, "tcp", lambda: network), partial(answers, _reached(export.address), port)),
+        (_program(export, "tcp", listen), partial(answers, _reached(export.address), port)),
     )
     waiting = len(programs)
 
@@ -120,7 +125,7 @@ def _program(export: NbdExport, name: str, where: Callable[[], tuple[str, ...]])
     def arguments() -> tuple[str, ...]:
         return ("--foreground", "--log=stderr", *where(), "file", f"dir={export.directory}")
 
-    return Program("nbdkit", arguments, "nbdkit", export.directory, export.state / f"nbdkit-{name}.log", _hint)
+    return Program("nbdkit", arguments, "nbdkit", export.directory, export.state / f"nbdkit-{name}.log", lambda _: "")
 
 
 def _without(unix: Path) -> Path:
@@ -130,14 +135,6 @@ def _without(unix: Path) -> Path:
     return unix
 
 
-def _hint(log: str) -> str:
-    if "Address already in use" in log:
-        return "another program has that port; discard the session, or end that program"
-    if "Cannot assign requested address" in log:
-        return "that is no address of this machine"
-    return ""
-
-
 def _port(export: NbdExport) -> int:
     """The port that was asked for, the last one, or one that is free. Raises StorageError."""
     if export.port:
@@ -145,12 +142,7 @@ def _port(export: NbdExport) -> int:
     kept = export.state / "port"
     with suppress(OSError, ValueError):
         return int(kept.read_text())
-    family = socket.AF_INET6 if ":" in export.address else socket.AF_INET
-    try:
-        with socket.create_server((export.address, 0), family=family) as server:
-            port: int = server.getsockname()[1]
-    except OSError as exc:
-        raise ExportFailed(f"{export.address}: {exc.strerror or exc}", hint=_hint(str(exc))) from exc
+    port = check_free(export.address, 0, _TAKEN)
     write_replace(kept, [str(port).encode()])
     return port
 

@@ -7,7 +7,6 @@ on the machine beside it: docs/adr/0009-exports.md. Event-loop thread only.
 from __future__ import annotations
 
 import ipaddress
-import socket
 import struct
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from urllib.parse import quote
 
 import trio
 
-from xbfs.serve.child import Program, answers, keep_running
+from xbfs.serve.child import Program, answers, check_free, keep_running
 from xbfs_engine.core.errors import ExportFailed, StorageError
 from xbfs_engine.core.runtime import Clock, SystemClock
 from xbfs_engine.storage.files import make_directories, write_replace
@@ -31,6 +30,7 @@ _FSID: Final = (0x58424653, 1)
 _NULL: Final = struct.pack(">11I", 0x80000028, 0x58424653, 0, 2, 100003, 3, 0, 0, 0, 0, 0)
 """One fragment of 40 bytes (RFC 5531 §11): a call of procedure 0 of NFSv3 (RFC 1813 §3.3.0), no credentials."""
 _PACKAGES: Final = "nfs-ganesha nfs-ganesha-vfs rpcbind"
+_TAKEN: Final = "another NFS server has it: stop nfs-kernel-server, or the live server of the other repository"
 _UNQUOTABLE: Final = frozenset('"\\\n\r')
 
 
@@ -78,10 +78,11 @@ async def serve_nfs(
         write_replace(settings, [_configuration(export, recovery).encode()])
     except StorageError as exc:
         raise ExportFailed(f"the state of the NFS export can not be kept: {exc}", hint=exc.hint) from exc
-    _check_address(export.address)
     log = export.state / "ganesha.log"
 
     def arguments() -> tuple[str, ...]:
+        for port in (export.port, export.mount_port):
+            check_free(export.address, port, _TAKEN)
         start = _next_start(export.state / "start", clock or SystemClock())
         files = ("-f", str(settings), "-L", "/dev/stderr", "-p", str(export.state / "ganesha.pid"))
         return ("-F", *files, "-N", "NIV_EVENT", "-E", str(start))
@@ -90,16 +91,6 @@ async def serve_nfs(
     place = NfsPlace(export.address, export.port, export.mount_port)
     is_ready = partial(answers, export.address, export.port, say=_NULL)
     await keep_running(program, is_ready, started=lambda: task_status.started(place))
-
-
-def _check_address(address: str) -> None:
-    """Raises ExportFailed unless it is this machine's: ganesha would start, and nobody would reach it."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-            probe.bind((address, 0))
-    except OSError as exc:
-        hint = "listen at an address of this machine that the hypervisors reach"
-        raise ExportFailed(f"nobody can listen at {address}: {exc.strerror}", hint=hint) from exc
 
 
 def _configuration(export: NfsExport, recovery: Path) -> str:
@@ -175,8 +166,6 @@ def _next_start(kept: Path, clock: Clock) -> int:
 def _hint(log: str) -> str:
     if "Cannot register" in log:
         return "NFSv3 needs rpcbind: apt install rpcbind; systemctl enable --now rpcbind"
-    if "Address already in use" in log or "Cannot bind" in log:
-        return "another NFS server has the port: stop nfs-kernel-server, or the live server of the other repository"
     if "No IP address found" in log:
         return "nfs-ganesha needs a network interface that is up, beside the loopback"
     return ""
