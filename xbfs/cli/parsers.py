@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from xbfs import __version__
 from xbfs.cli.backup_vm_parsers import add_backup_vm
+from xbfs.cli.boot_parsers import add_boot, named
 from xbfs.cli.get_parsers import add_get
 from xbfs.cli.index_parsers import add_diff_files, add_file_index
 from xbfs.cli.restore_parsers import add_restore
@@ -40,7 +41,7 @@ _SUFFIXES: Final = {"K": KIB, "M": MIB, "G": GIB}
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The parsed command line; ``call`` names the function that does it. Raises UsageError; exits for --help."""
-    return build_parser().parse_args(words)
+    return build_parser().parse_args(named(words))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_file_index(verbs)
     add_restore(verbs)
     add_rewind(verbs)
+    add_boot(verbs)
     add_pool(verbs)
     return parser
 

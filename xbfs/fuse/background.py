@@ -38,7 +38,7 @@ def run_in_background(serve: Callable[[Callable[[], None]], None], log_file: Pat
     os.close(writer)
     os.waitpid(child, 0)
     with os.fdopen(reader, "rb") as pipe:
-        answer = pipe.read(_MESSAGE_MAX)
+        answer = pipe.readline(_MESSAGE_MAX)  # what the server forks keeps the other end open
     return _understand(answer)
 
 
@@ -52,7 +52,7 @@ def _become_server(serve: Callable[[Callable[[], None]], None], writer: int, log
             nonlocal told
             if not told:
                 told = True
-                os.write(writer, json.dumps(record).encode())
+                os.write(writer, json.dumps(record).encode() + b"\n")
                 os.close(writer)
 
         try:
