@@ -5,6 +5,7 @@ And whatever they write: the restore point below never changes.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -68,11 +69,14 @@ class NamesMachine(RuleBasedStateMachine):
         self.changes = Changes(self.tree.nodes)
 
     def place(self, path: str) -> tuple[int, bytes]:
-        """The directory that a path leads to, and the last name."""
+        """The directory that a path leads to, and the last name; walked as the kernel does it."""
         *parents, name = path.split("/")
         inode = self.tree.lookup(ROOT, b"vm").inode
         for parent in parents:
-            inode = self.tree.lookup(inode, parent.encode()).inode
+            found = self.tree.lookup(inode, parent.encode())
+            if not stat.S_ISDIR(found.mode):
+                raise NotADirectoryError(errno.ENOTDIR, path)
+            inode = found.inode
         return inode, name.encode()
 
     def inode(self, path: str) -> int:
@@ -117,12 +121,12 @@ class NamesMachine(RuleBasedStateMachine):
         def real() -> None:
             inode = self.inode(old)
             if stat.S_ISDIR(self.tree.attributes(inode).mode):
-                raise PermissionError(1, "the kernel asks for no links of directories")
+                raise PermissionError(errno.EPERM, "the kernel asks for no links of directories")
             self.changes.link(inode, *self.place(new))
 
         def model() -> None:
             if (self.plain / old).is_dir():
-                raise PermissionError(1, "the same")
+                raise PermissionError(errno.EPERM, "the same")
             os.link(self.plain / old, self.plain / new)
 
         self.both(real, model)

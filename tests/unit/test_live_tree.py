@@ -128,7 +128,9 @@ def test_who_is_added_and_removed(tree: LiveTree, home: Path, overlay: Overlay, 
         walked(tree, "vm")
     tree.remove("vm")
     tree.add("vm", home, {"0": overlay})
-    assert walked(tree, "vm", "sr", "disk.raw")
+    inode = (home / "sr/disk.raw").stat().st_ino
+    assert tree.lookup(inode, b".").size_bytes == SIZE, "the kernel still knew it"
+    assert walked(tree, "vm", "sr", "disk.raw") == inode
 
 
 def test_files_that_are_open_when_a_session_goes_give_errors(tree: LiveTree) -> None:

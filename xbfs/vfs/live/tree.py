@@ -257,7 +257,7 @@ class LiveTree:
             return self.attributes(inode)
         node = self.nodes.held.get(inode)
         for session in self._sessions.values():
-            if node is None:
+            if node is None or node.session.is_gone:
                 node = self.nodes.find_by_number(session, inode)
         if node is None or node.session.is_gone:
             raise refused(errno.ESTALE)
