@@ -173,11 +173,11 @@ def test_a_base_that_can_not_be_read_is_told_and_hydration_can_go_on(tmp_path: P
 
 
 @pytest.mark.parametrize("deed", ["write", "zero", "pass"])
-def test_a_full_disk_at_the_mark_of_a_copied_unit_changes_nothing(tmp_path: Path, deed: str) -> None:
-    """The map on disk must tell that a copied unit is the guest's before its bytes change, at the next try too."""
+def test_a_full_disk_at_the_claim_of_a_copied_unit_changes_nothing(tmp_path: Path, deed: str) -> None:
+    """The disk must know that copied units may be the guest's before their bytes change, at the next try too."""
     with faulty(tmp_path / "o") as (overlay, fails):
         hydrated(overlay)
-        fails["map"]["write_at"] = StorageFull("no room")
+        fails["header"]["write_at"] = StorageFull("no room")
         deeds = {
             "write": lambda: overlay.write_at(5, [b"x"]),
             "zero": lambda: overlay.discard(0, UNIT),
@@ -186,12 +186,12 @@ def test_a_full_disk_at_the_mark_of_a_copied_unit_changes_nothing(tmp_path: Path
         for _ in range(2):
             with pytest.raises(StorageFull):
                 deeds[deed]()
-            # A write that did not wait for the mark would be here.
+            # A write that did not wait for the claim would be here.
             with pytest.raises(StorageFull):
                 overlay.write_at(0, [b"x" * UNIT])
             assert (tmp_path / "o" / "data").read_bytes() == CONTENT
         assert list(overlay.changed_extents()) == []
-        fails["map"].clear()
+        fails["header"].clear()
         deeds[deed]()
         overlay.flush()
         assert next(overlay.changed_extents()).layer is (Layer.ZERO if deed == "zero" else Layer.DATA)

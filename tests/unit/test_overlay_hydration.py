@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from tests.support.disks import CHUNK, MemoryDisk
-from xbfs.view.overlay import Layer, create_overlay, freeze_all, open_overlay
+from xbfs.view.overlay import Layer, Region, create_overlay, freeze_all, open_overlay
 from xbfs_engine.core.limits import MIB
 from xbfs_engine.core.runtime import SystemClock
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 UNIT = 4096
 SIZE = 6 * MIB + 1000
+PAGE_OF_DISK = 64 * MIB
 
 
 class Watched(MemoryDisk):
@@ -160,6 +161,29 @@ def test_what_was_copied_counts_as_unchanged_until_it_is_written(tmp_path: Path)
         assert len(list(frozen.changed_extents())) == 2
         assert frozen.read_at(3 * MIB, MIB) == base.read_at(3 * MIB, MIB)
         frozen.close()
+
+
+def test_copies_are_told_from_writes_after_a_clean_end_and_taken_for_writes_after_a_crash(tmp_path: Path) -> None:
+    """Only near a write: within 64 MiB of the disk."""
+    size = 2 * PAGE_OF_DISK
+    base = MemoryDisk.holding(size, (0, 1, 2, size // CHUNK - 1))
+    with create_overlay(tmp_path / "o", base, identity=b"") as overlay:
+        hydrate(overlay)
+        overlay.write_at(CHUNK, [b"x" * UNIT])
+        written = list(overlay.changed_extents())
+        assert written == [Region(CHUNK, UNIT, Layer.DATA)]
+        content = overlay.read_at(0, 4 * CHUNK)
+        # The lock aside, a process that dies here leaves just this.
+        shutil.copytree(tmp_path / "o", tmp_path / "crashed")
+        assert (tmp_path / "o" / "header").read_bytes()[8192:] == b"\1"
+    assert (tmp_path / "o" / "header").stat().st_size == 4608
+    for _ in range(2):
+        with open_overlay(tmp_path / "o", base, identity=b"") as again:
+            assert list(again.changed_extents()) == written
+        with open_overlay(tmp_path / "crashed", base, identity=b"") as again:
+            assert list(again.changed_extents()) == [Region(0, 3 * CHUNK, Layer.DATA)]
+            assert again.read_at(0, 4 * CHUNK) == content
+            assert again.hydrated_bytes == CHUNK
 
 
 def test_writers_and_a_commit_among_copies(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ COPY_OFFSETS: Final = (0, 4096)
 RECORD_BYTES: Final = 512
 """A copy is one sector, which a disk writes whole or not at all."""
 FILE_BYTES: Final = COPY_OFFSETS[-1] + RECORD_BYTES
+CLAIMS_OFFSET: Final = 8192
+"""Where a byte for each page of the map lies; the file ends before it while none of them is set."""
 
 _MAGIC: Final = b"XBFSOVL\0"
 _VERSION: Final = 1

@@ -246,7 +246,7 @@ class Overlay:
 
     def settle(self) -> None:
         """End what a crash cut short; for opening."""
-        self._state.settle()
+        self._state.recover()
 
     def _change(self, first: int, last: int, change: Callable[[], None]) -> None:
         """Do ``change`` to units [first, last), alone in them."""

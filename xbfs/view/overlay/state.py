@@ -7,14 +7,15 @@ the bytes of a unit are is ``overlay``'s. Any thread may call anything; where th
 from __future__ import annotations
 
 from contextlib import contextmanager
+from threading import Lock
 from typing import TYPE_CHECKING, Final
 
-from xbfs.view.overlay.header import COPY_OFFSETS, Header, encode
+from xbfs.view.overlay.header import CLAIMS_OFFSET, COPY_OFFSETS, FILE_BYTES, Header, encode
 from xbfs.view.overlay.ranges import RangeLock
 from xbfs.view.overlay.reading import Stamp
 from xbfs.view.overlay.regions import zeros
 from xbfs.view.overlay.rounds import Rounds
-from xbfs.view.overlay.unitmap import COPIED, DATA, UNIT, UnitMap, runs_of
+from xbfs.view.overlay.unitmap import COPIED, DATA, PAGE_UNITS, UNIT, UnitMap, runs_of
 from xbfs_engine.core.errors import StorageError, XbfsError
 from xbfs_engine.core.limits import DISK_SIZE_MAX, MIB
 
@@ -53,6 +54,8 @@ class State:
         self.ranges = RangeLock()
         self.header = header
         self.shrinks = 0
+        self._claiming = Lock()
+        self._claimed: set[int] = set()
         self.saved: Saved | None = None
         self.is_passed = False
 
@@ -86,21 +89,16 @@ class State:
         self._rounds.run()
 
     def own(self, first: int, last: int) -> None:
-        """Before bytes of copied units change: they are DATA, durably, or the map on disk might say after a crash that
-        what was written is the base's. For who holds the range. Raises StorageFull (no change), StorageError.
-        """
+        """Before bytes of copied units change: they are DATA, and their pages of the map are claimed, durably: what
+        the map on disk takes for a copy there may be the guest's. For who holds the range. Raises StorageFull (no
+        change), StorageError."""
         copies = [run for run in runs_of(self.map.states(first, last), first) if run[2] == COPIED]
         if not copies:
             return
         self.map.reserve(first, last)
-        try:
-            for low, high, _ in copies:
-                self.map.mark(low, high, DATA)
-            self.flush()
-        except BaseException:
-            for low, high, _ in copies:
-                self.map.mark(low, high, COPIED)
-            raise
+        self._claim(first // PAGE_UNITS, (last - 1) // PAGE_UNITS + 1)
+        for low, high, _ in copies:
+            self.map.mark(low, high, DATA)
 
     def clear(self, start: int, stop: int) -> None:
         """Have zeros in a range of the data file, in a hole if that can be."""
@@ -140,17 +138,48 @@ class State:
         self._sync(everything=True)
         self.map.recount()
 
+    def recover(self) -> None:
+        """End what a crash cut short, durably; nobody else is there."""
+        self.settle()
+        pages = -(-self.header.size // (UNIT * PAGE_UNITS))
+        claims = self._files.header.read_at(CLAIMS_OFFSET, pages)
+        for number in [number for number, claim in enumerate(claims) if claim]:
+            self.admit()
+            low = number * PAGE_UNITS
+            for first, last, state in runs_of(self.map.states(low, low + PAGE_UNITS), low):
+                if state == COPIED:
+                    self.map.mark(first, last, DATA)
+        if claims:
+            self._unclaim()
+
     def close(self) -> None:
         """Flush, unless something failed, and let go of the files and the lock. Raises as ``flush``."""
         try:
             if self._failure is None:
                 self.flush()
+                if self._claimed:
+                    self._unclaim()
         finally:
             if self.saved is not None:
                 self.saved.broken_by(StorageError("the overlay was closed"))
                 self.saved.close()
                 self.saved = None
             self._files.close()
+
+    def _claim(self, low: int, high: int) -> None:
+        """Have pages [low, high) of the map claimed. Once for each, until the overlay is closed."""
+        with self._claiming:
+            if not self._claimed.issuperset(range(low, high)):
+                self._files.header.write_at(CLAIMS_OFFSET + low, [b"\1" * (high - low)])
+                self._synced(self._files.header)
+                self._claimed.update(range(low, high))
+
+    def _unclaim(self) -> None:
+        """The map on disk is to tell all: nobody writes any more, or yet."""
+        self.flush()
+        self._files.header.truncate(FILE_BYTES)
+        self._synced(self._files.header)
+        self._claimed.clear()
 
     def _check(self) -> None:
         if self._failure is not None:
