@@ -34,7 +34,7 @@ def walk(directory: Path) -> dict[str, os.stat_result]:
 
 def test_the_listing_is_exactly_the_documented_one(mounted: Mounted) -> None:
     points = mounted.engine.points()
-    expected = {"vms", "vms/vm", "vms/vm/latest", "by-id", "at", ".xbfs", ".xbfs/status.json", ".xbfs/metrics"}
+    expected = {"vms", "vms/vm", "vms/vm/latest", "by-id", "at", "live", ".xbfs", ".xbfs/status.json", ".xbfs/metrics"}
     expected |= {f"by-id/{point.id}" for point in points}
     for time in TIMES:
         expected |= {f"at/{time}", f"at/{time}/vm"}

@@ -24,7 +24,10 @@ def mount(arguments: argparse.Namespace, output: Output) -> None:
     # Whatever is wrong here is said before anybody types a passphrase.
     mountpoint.check_installed()
     path = mountpoint.prepare(directory, storage_of(arguments).location())
+    from functools import partial
+
     from xbfs.fuse.mount import DataPlaneKind, MountOptions, MountServer
+    from xbfs.instant.client import places
     from xbfs.vfs.filesystem import ViewOptions
     from xbfs.vfs.guests.attributes import Ownership
     from xbfs.vfs.guests.views import GuestOptions, LinkTargets
@@ -41,6 +44,7 @@ def mount(arguments: argparse.Namespace, output: Output) -> None:
                 links=LinkTargets(arguments.links),
                 keys=tuple(given_keys()),
             ),
+            sessions=partial(places, repository),
         ),
         allow_other=arguments.allow_other,
         log_file=log_file,

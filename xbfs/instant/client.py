@@ -100,6 +100,12 @@ def running(repository: Repository) -> list[Running]:
     return [_running(stored, told.get(stored.name, {})) for stored in sessions.stored(state)]
 
 
+def places(repository: Repository) -> dict[str, str]:
+    """Where each session is shown while it is served, by name. Raises StorageError."""
+    state = state_of(repository.id, os.environ)
+    return {name: str(state.live / name) for name in sessions.names(state)}
+
+
 def discard(repository: Repository, name: str, *, force: bool = False) -> None:
     """Throw a session away, with all that was written. ``force``: even if somebody has a disk open.
 

@@ -36,7 +36,7 @@ from xbfs_engine.store.cache import ChunkCache
 from xbfs_engine.store.reader import ChunkReader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from xbfs.vfs.guests.places import Place
     from xbfs.vfs.guests.source import Guests, KeyedGuest
@@ -59,13 +59,14 @@ _log = Logger("xbfs.mount")
 @dataclass(frozen=True, slots=True)
 class ViewOptions:
     """``cache_bytes`` of decoded chunks; a read is answered within ``deadline_s``; new points are looked for every
-    ``refresh_s``; ``for_others``: other users may read too."""
+    ``refresh_s``; ``for_others``: other users may read too; ``sessions`` tells where each is shown. It may block."""
 
     cache_bytes: int = 128 * MIB
     deadline_s: float = 30.0
     refresh_s: float = 5.0
     for_others: bool = False
     guests: GuestOptions = field(default_factory=GuestOptions)
+    sessions: Callable[[], Mapping[str, str]] = dict
 
 
 class Changes(NamedTuple):
@@ -176,9 +177,10 @@ class FileSystem:
         """Look for new restore points and for those that are gone, and tell of them. Raises StorageError."""
         async with self._refresh_lock:
             before = self.tree.points
-            fresh = await trio.to_thread.run_sync(
+            places, fresh = await trio.to_thread.run_sync(
                 self._load, before, abandon_on_cancel=True, limiter=self._refresh_limit
             )
+            self._show_sessions(places)
             if fresh is not None:
                 self.tree.points = fresh
                 self.guests.drop_all_but(fresh.by_id.keys())
@@ -210,11 +212,19 @@ class FileSystem:
         self._guest_pool.close()
         self._pool.close()
 
-    def _load(self, before: Points) -> Points | None:
-        """The new state, or None if nothing changed. Runs in a thread."""
+    def _load(self, before: Points) -> tuple[Mapping[str, str], Points | None]:
+        """The sessions, and the new state or None if nothing changed. Runs in a thread."""
+        places = self.options.sessions()
         self._catalog.refresh()
         points, damaged = self._catalog.points(), self._catalog.damaged()
-        return None if before.same_as(points, damaged) else Points(points, damaged, before)
+        return places, None if before.same_as(points, damaged) else Points(points, damaged, before)
+
+    def _show_sessions(self, places: Mapping[str, str]) -> None:
+        before = self.tree.sessions
+        if places != before:
+            self.tree.show_sessions(places)
+            gone = [(inodes.LIVE, name) for name, place in before.items() if places.get(name) != place]
+            self.tell(Changes(gone, [inodes.LIVE]))
 
     def _guest(self, shown: ShownPoint, keys: Sequence[VolumeKey]) -> KeyedGuest:
         """The guest of a point; reads nothing."""

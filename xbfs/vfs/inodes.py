@@ -29,6 +29,7 @@ AT: Final = 4
 META: Final = 5
 STATUS: Final = 6
 METRICS: Final = 7
+LIVE: Final = 8
 
 VM_DIRECTORY: Final = 0
 VM_LATEST: Final = 1
@@ -43,6 +44,9 @@ POINT_FILES: Final = 6
 POINT_ROOT: Final = 7
 _IMAGES: Final = 256
 _FORMATS_MAX: Final = 16
+
+SESSION_LINK: Final = 8
+"""Behind the codes of points: told from them also if a session's hash is a point's."""
 
 DAMAGE_TEXT: Final = 0
 
@@ -65,6 +69,11 @@ def make(owner: int, code: int) -> int:
 def split(inode: int) -> Parts:
     """Owner and code."""
     return Parts(inode >> CODE_BITS, inode & (1 << CODE_BITS) - 1)
+
+
+def session_link(name: str) -> int:
+    """The number of the link to a session of that name."""
+    return make(Owners(()).take(f"session {name}"), SESSION_LINK)
 
 
 def time_inode(seconds: int, code: int) -> int:

@@ -5,7 +5,7 @@ manifests in memory, never from storage. For the event loop's thread.
 
     vms/<vm>/<time>/vm.json  report.json  disks/<n>.raw  <n>.vhd  files/  root/
     vms/<vm>/latest -> <time>        by-id/<id> -> ../vms/...        at/<time>/<vm> -> ../../vms/...
-    .xbfs/status.json  metrics
+    live/<session> -> the session's directory in the live mount        .xbfs/status.json  metrics
 
 What is in `files` and `root` is ``guests.views``' business.
 """
@@ -24,7 +24,7 @@ from xbfs.vfs.times import SECOND_NS, parse_time, time_name
 from xbfs_engine.core.ids import PointId
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from xbfs_engine.catalog.restore_point import DiskRecord
 
@@ -32,7 +32,10 @@ Entry = tuple[str, int]
 """Name and inode number."""
 
 _FIXED: Final[dict[int, tuple[Entry, ...]]] = {
-    inodes.ROOT: (("vms", inodes.VMS), ("by-id", inodes.BY_ID), ("at", inodes.AT), (".xbfs", inodes.META)),
+    inodes.ROOT: (
+        *(("vms", inodes.VMS), ("by-id", inodes.BY_ID), ("at", inodes.AT)),
+        *(("live", inodes.LIVE), (".xbfs", inodes.META)),
+    ),
     inodes.META: (("status.json", inodes.STATUS), ("metrics", inodes.METRICS)),
 }
 _POINT: Final = (
@@ -86,7 +89,13 @@ class Tree:
 
     def __init__(self, status: Callable[[], bytes], metrics: Callable[[], bytes]) -> None:
         self.points = Points()
+        self.show_sessions({})
         self._live = {inodes.STATUS: status, inodes.METRICS: metrics}
+
+    def show_sessions(self, places: Mapping[str, str]) -> None:
+        """Have links in ``live`` to these places, by name, and no others."""
+        self.sessions = places
+        self._sessions = {inodes.session_link(name): place for name, place in places.items()}
 
     def attributes(self, inode: int) -> Attributes | None:
         """What ``stat`` shows, or None if there is nothing of that number (any more)."""
@@ -128,6 +137,8 @@ class Tree:
             return links + [
                 (damage_name(i), inodes.make(damage.owner, inodes.DAMAGE_TEXT)) for i, damage in points.damaged.items()
             ]
+        if directory == inodes.LIVE:
+            return [(name, inodes.session_link(name)) for name in self.sessions]
         if directory == inodes.AT:
             return [(time_name(at), inodes.time_inode(at, inodes.TIME_DIRECTORY)) for at in points.times()]
         timed = inodes.split_time(directory)
@@ -147,8 +158,10 @@ class Tree:
 
     def parent(self, inode: int) -> int | None:
         """The directory of an inode (that of the root is itself), or None if there is no such inode."""
-        if inode in (inodes.ROOT, inodes.VMS, inodes.BY_ID, inodes.AT, inodes.META):
+        if inode in (inodes.ROOT, inodes.VMS, inodes.BY_ID, inodes.AT, inodes.LIVE, inodes.META):
             return inodes.ROOT
+        if inode in self._sessions:
+            return inodes.LIVE
         if inode in self._live:
             return inodes.META
         if inodes.split_time(inode) is not None:
@@ -170,6 +183,8 @@ class Tree:
         timed = inodes.split_time(inode)
         if timed is not None:
             return time_name(timed.owner) if timed.code == inodes.TIME_LINK else None
+        if inode in self._sessions:
+            return self._sessions[inode]
         owner, code = inodes.split(inode)
         shown = self.points.owners.get(owner)
         if isinstance(shown, VmDirectory) and code == inodes.VM_LATEST:
@@ -223,8 +238,8 @@ class Tree:
         return found
 
     def grows(self, directory: int) -> bool:
-        """Whether new restore points appear as new names in this directory."""
-        return directory in (inodes.VMS, inodes.BY_ID) or isinstance(
+        """Whether new restore points or sessions appear as new names in this directory."""
+        return directory in (inodes.VMS, inodes.BY_ID, inodes.LIVE) or isinstance(
             self.points.owners.get(inodes.split(directory).owner), VmDirectory
         )
 
