@@ -71,9 +71,11 @@ class FreezeMachine(OverlayMachine):
         assert [tuple(region) for region in self.frozen.changed_extents()] == self.changed
 
     def teardown(self) -> None:
-        if self.frozen is not None:
-            self.thaw()
-        super().teardown()
+        try:
+            if self.frozen is not None:
+                self.thaw()
+        finally:
+            super().teardown()
 
 
 TestFreezeMachine = FreezeMachine.TestCase
