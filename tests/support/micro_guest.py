@@ -30,7 +30,7 @@ class Database(NamedTuple):
     and whether all rows are whole."""
 
     integrity: str
-    count: int
+    transactions: int
     highest: int
     whole: bool
 

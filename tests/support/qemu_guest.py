@@ -23,8 +23,8 @@ BOOT_S = 180
 
 
 class Guest:
-    """A running machine. ``blockdev``: QEMU's options of its only disk, without a node name. ``words``: what the
-    micro guest should do. ``prefix``: a command that runs QEMU, such as nsenter with its options."""
+    """A running machine. ``blockdev``: QEMU's options of its only disk, without a node name; ``objects``: what they
+    refer to. ``words``: what the guest should do. ``prefix``: a command that runs QEMU, such as nsenter."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Guest:
         *,
         words: str = "",
         uefi: bool = False,
-        options: Sequence[str] = (),
+        objects: Sequence[str] = (),
         prefix: Sequence[str] = (),
     ) -> None:
         if shutil.which(_QEMU) is None:
@@ -61,8 +61,10 @@ class Guest:
         command += ["-qmp", f"unix:{self._socket},server=on,wait=off", "-smbios", f"type=1,family={words}"]
         if uefi:
             command += ["-drive", f"if=pflash,format=raw,readonly=on,file={_FIRMWARE}"]
+        for one in objects:
+            command += ["-object", one]
         command += ["-blockdev", json.dumps({**blockdev, "node-name": "disk"})]
-        command += ["-device", "virtio-blk-pci,drive=disk,werror=stop,rerror=stop", *options]
+        command += ["-device", "virtio-blk-pci,drive=disk,werror=stop,rerror=stop"]
         with self._errors.open("wb") as errors:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
 

@@ -1,0 +1,98 @@
+"""A guest runs from a restore point by every export; what it was told is durable outlives kill -9 of everything."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.instant_lab import Lab, blockdev, lab
+from tests.support.micro_guest import BOOTED, acknowledged, database, micro_disk, server_disk
+from tests.support.nfs_network import needs_ganesha, private_network
+from tests.support.qemu_guest import Guest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+
+WAYS = {
+    "file": ("file", ["--export", "file"]),
+    "vhd": ("file", ["--export", "file", "--format", "vhd"]),
+    "nbd": ("unix", ["--export", "nbd"]),
+    "nbd-tls": ("tls", ["--export", "nbd"]),
+    "nfs": ("nfs", ["--export", "nfs", "--format", "raw"]),
+    "nfs-vhd": ("nfs", ["--export", "nfs"]),
+}
+"""By which a guest gets at its disk: how QEMU opens it, and the options of `xbfs boot`."""
+LOADED = 60
+
+
+def started(made: Lab, scratch: Path, way: str, *, words: str, address: str = "") -> Guest:
+    """A guest on a session of its own named as the way, made if there is none."""
+    by, options = WAYS[way]
+    client = ["--client", address] if by == "nfs" else []
+    told = made.session(way) or made.boot("--name", way, *options, *client)
+    disk, objects = blockdev(told, by)
+    return Guest(disk, scratch, words=words, objects=objects)
+
+
+def lose_and_find(made: Lab, scratch: Path, way: str, address: str = "") -> None:
+    """Load the database, kill everything in the middle, start again: all that was acknowledged is there."""
+    with started(made, scratch / "first", way, words="check write=before load", address=address) as guest:
+        guest.wait_for("XBFS-ACK", count=LOADED)
+        guest.process.kill()
+        made.kill_all()
+        guest.kill()
+        console = guest.console()
+    assert "XBFS-WRITTEN before" in console
+    with made.serving(), started(made, scratch / "second", way, words="check write=after off") as guest:
+        found = database(again := guest.wait())
+    assert "XBFS-BOOT-OK" in again
+    assert found.integrity == "ok"
+    assert found.whole
+    assert found.transactions == found.highest >= acknowledged(console) >= LOADED
+
+
+def test_a_guest_outlives_everything_on_a_file() -> None:
+    with lab(micro_disk()) as made, scratch() as folder:
+        lose_and_find(made, folder, "file")
+        made.good("boot", "discard", "file")
+        assert made.sessions() == []
+        assert len(made.points()) == 1
+
+
+@pytest.mark.parametrize("way", ["vhd", "nbd", "nbd-tls", pytest.param("nfs", marks=needs_ganesha)])
+def test_a_guest_boots_and_writes_by(way: str) -> None:
+    with network_for(way) as address, lab(micro_disk()) as made, scratch() as folder:
+        with started(made, folder, way, words="write=something off", address=address) as guest:
+            console = guest.wait()
+        assert BOOTED in console
+        assert "XBFS-WRITTEN something" in console
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "way", ["vhd", "nbd", "nbd-tls", *(pytest.param(way, marks=needs_ganesha) for way in ("nfs", "nfs-vhd"))]
+)
+def test_a_guest_outlives_everything_by(way: str) -> None:
+    with network_for(way) as address, lab(micro_disk()) as made, scratch() as folder:
+        lose_and_find(made, folder, way, address)
+
+
+@pytest.mark.slow
+def test_a_server_with_postgresql_outlives_everything() -> None:
+    with lab(server_disk()) as made, scratch() as folder:
+        lose_and_find(made, folder, "nbd")
+
+
+def network_for(way: str) -> AbstractContextManager[str]:
+    return private_network() if way.startswith("nfs") else nullcontext("")
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    with TemporaryDirectory(prefix="xbfs-") as directory:
+        yield Path(directory)
