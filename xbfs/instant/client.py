@@ -21,6 +21,7 @@ from xbfs.instant.bases import Bases
 from xbfs.instant.session import RECORD
 from xbfs.instant.state import state_of
 from xbfs_engine.core.errors import LiveServerDown, SessionBusy, SessionNotFound
+from xbfs_engine.storage.files import make_directories
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -151,6 +152,8 @@ def serve(repository: Repository, catalog: Catalog, index: Locator, ready: Calla
         server.serve(state, Bases(repository, catalog, index), repository.id, clock, told)
 
     with state.serving():
+        mountpoint.let_go(state.live)  # what a server left that was killed with its supervisor
+        make_directories(state.live)
         supervise(run, after_death=partial(mountpoint.let_go, state.live), ready=ready, clock=clock)
 
 

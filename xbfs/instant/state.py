@@ -55,9 +55,8 @@ class StateDirectory:
         return self.sessions / name
 
     def make(self) -> None:
-        """Have the directories. Raises StorageError."""
-        for directory in (self.sessions, self.live):
-            make_directories(directory)
+        """Have the directories, but for the mount point, which may be of a mount that is dead. Raises StorageError."""
+        make_directories(self.sessions)
 
     @contextmanager
     def changing(self) -> Iterator[None]:
