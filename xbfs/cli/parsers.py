@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from xbfs import __version__
 from xbfs.cli.backup_vm_parsers import add_backup_vm
 from xbfs.cli.boot_parsers import add_boot, named
+from xbfs.cli.boot_test_parsers import add_boot_test
 from xbfs.cli.get_parsers import add_get
 from xbfs.cli.index_parsers import add_diff_files, add_file_index
 from xbfs.cli.restore_parsers import add_restore
@@ -68,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_restore(verbs)
     add_rewind(verbs)
     add_boot(verbs)
+    add_boot_test(verbs)
     add_pool(verbs)
     return parser
 
