@@ -101,6 +101,9 @@ class LiveMount:
                 nursery.cancel_scope.cancel()
             else:
                 tune_read_ahead(status.st_dev)
+                if os.geteuid() == 0:
+                    # Clients can make links (NFSv3 always), and what exports a directory may follow them on this host.
+                    mountpoint.follow_no_links(path)
                 task_status.started()
         problem = plane.problem or problem
         if problem is not None:

@@ -6,6 +6,7 @@ may be dead: a killed server's mount answers everything with ENOTCONN.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 SUBTYPE: Final = "xbfs"
 FILESYSTEM: Final = f"fuse.{SUBTYPE}"
 FUSERMOUNT: Final = "fusermount3"
+_FOLLOW_NO_LINKS: Final = 0x20 | 0x1000 | 0x100 | 0x2 | 0x4
+"""MS_REMOUNT, MS_BIND, MS_NOSYMFOLLOW (Linux 5.10), MS_NOSUID, MS_NODEV: include/uapi/linux/mount.h."""
 _DEVICE: Final = Path("/dev/fuse")
 _MOUNTS: Final = Path("/proc/self/mountinfo")
 _UNMOUNT_S: Final = 10.0
@@ -103,6 +106,14 @@ def let_go(path: Path) -> None:
     if mounts().get(str(path)) == FILESYSTEM:
         with suppress(MountFailed):
             _fusermount(path, lazy=True)
+
+
+def follow_no_links(path: Path) -> None:
+    """Have no symbolic link in the mount on ``path`` followed, for whoever; only root can. Raises MountFailed."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(None, os.fsencode(path), None, ctypes.c_ulong(_FOLLOW_NO_LINKS), None):
+        why = os.strerror(ctypes.get_errno())
+        raise MountFailed(f"links in {path} can not be kept from being followed: {why}", hint="Linux 5.10 can do it")
 
 
 @contextmanager
