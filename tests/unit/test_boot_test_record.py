@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
@@ -31,7 +32,9 @@ from xbfs_engine.core.ids import PointId
 from xbfs_engine.maintain.check import check
 from xbfs_engine.maintain.report import Kind
 from xbfs_engine.storage.memory import MemoryStorage
-from xbfs_engine.store.repository import Repository
+
+if TYPE_CHECKING:
+    from xbfs_engine.store.repository import Repository
 
 POINT = PointId("ab" * 32)
 

@@ -25,6 +25,7 @@ from xbfs.instant.boottest.choose import accelerator_that_works, firmware_of, ru
 from xbfs.instant.boottest.run import MILLI, Examination, examine
 from xbfs.instant.qemu import Machine, check_installed
 from xbfs.instant.session import DiskFormat, Export, Session, SessionDisk
+from xbfs.vfs.records import test_record
 from xbfs_engine.catalog.boottests import Verdict, put_boot_test
 from xbfs_engine.catalog.catalog import points_of
 from xbfs_engine.codec.keys import Role
@@ -63,25 +64,14 @@ def test(arguments: argparse.Namespace, output: Output) -> None:
     catalog, index = catalog_of(repository, output), index_of(repository)
     points = _points(arguments, catalog)
     if arguments.screenshot is not None and len(points) != 1:
-        raise UsageError("--screenshot is for one point", hint="`xbfs show POINT --json` has those that were stored")
+        raise UsageError("--screenshot is for one point", hint="the repository keeps those of all of them")
     _throw_away_what_is_left(repository, output)
     tester = _Tester(arguments, output, repository, catalog, index, accelerator)
     results: list[BootTest] = []
     for start in range(0, len(points), arguments.parallel):
         results += tester.test(points[start : start + arguments.parallel])
-    output.result({"tests": [boot_test_record(result) for result in results]})
+    output.result({"tests": [test_record(result) for result in results]})
     _conclude(results, output)
-
-
-def boot_test_record(result: BootTest) -> dict[str, object]:
-    """A result for ``--json``, without the screenshot."""
-    return {
-        "point": result.point,
-        "time": text.when(result.made_ns),
-        **result.to_record(),
-        "console": result.console,
-        "screenshot_bytes": len(result.screenshot),
-    }
 
 
 class _Tester:

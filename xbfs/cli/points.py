@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from xbfs.cli import text
 from xbfs.cli.context import catalog_of, point_of, repository_of
 from xbfs.cli.describe import disk_lines, methods, source_bytes
-from xbfs.vfs.records import point_record, vm_record
+from xbfs.vfs.records import point_record, test_record, vm_record
+from xbfs_engine.catalog.boottests import boot_tests_of
 from xbfs_engine.catalog.catalog import points_of
 
 if TYPE_CHECKING:
@@ -48,9 +49,12 @@ def points(arguments: argparse.Namespace, output: Output) -> None:
 
 def show(arguments: argparse.Namespace, output: Output) -> None:
     """Tell all that is known of a restore point."""
-    point = point_of(catalog_of(repository_of(arguments), output), arguments.point)
+    repository = repository_of(arguments)
+    point = point_of(catalog_of(repository, output), arguments.point)
     run = point.run
-    output.result(point_record(point) | {"vm": vm_record(point)["vm"]})
+    tests = boot_tests_of(repository, point.id)
+    record = point_record(point) | {"vm": vm_record(point)["vm"]}
+    output.result(record | {"tests": [test_record(test) for test in tests]})
     output.say(f"restore point {point.id}")
     output.say(f"VM {point.vm_name} ({point.vm_uuid})")
     output.say(f"time {text.when(point.time_ns)}, parent {point.parent[:ID_DIGITS] if point.parent else 'none'}")
@@ -61,3 +65,5 @@ def show(arguments: argparse.Namespace, output: Output) -> None:
         f"stored {text.size(run.stored_bytes)}, metadata {text.size(run.metadata_bytes)}, "
         f"{text.count(run.packs, 'pack')}, in {text.duration(run.elapsed_ms / 1000)} by {run.program} on {run.node}"
     )
+    for test in tests:
+        output.say(f"boot test {text.when(test.made_ns)}: {test.verdict}, {test.reason}")

@@ -301,11 +301,11 @@ def _disk(machine: Machine, number: int) -> list[str]:
     ide = machine.bus == "ide" and number < _IDE_MAX
     device = f"ide-hd,bus=ide.{number // 2},unit={number % 2}" if ide else "virtio-blk-pci"
     options = f"drive=disk{number},id=device{number},bootindex={number + 1},werror=stop,rerror=stop"
-    node = _raw(f"disk{number}", _SET.format(10 + number), {"discard": "unmap"})
+    node = raw_node(f"disk{number}", _SET.format(10 + number), {"discard": "unmap"})
     return [*node, "-device", f"{device},{options}"]
 
 
-def _raw(name: str, file: str, options: Mapping[str, object]) -> list[str]:
+def raw_node(name: str, file: str, options: Mapping[str, object]) -> list[str]:
     """A node over a file. It needs no lock: nobody else has it, and a lock could not be told from a hanging mount."""
     below = {"driver": "file", "filename": file, "locking": "off", **options}
     return ["-blockdev", json.dumps({"driver": "raw", "node-name": name, "file": below, **options})]
@@ -313,7 +313,7 @@ def _raw(name: str, file: str, options: Mapping[str, object]) -> list[str]:
 
 def _uefi() -> list[str]:
     """Nodes that ``_fixed`` names."""
-    return [*_raw("code", str(CODE), {"read-only": True}), *_raw("variables", _SET.format(2), {})]
+    return [*raw_node("code", str(CODE), {"read-only": True}), *raw_node("variables", _SET.format(2), {})]
 
 
 def _kvm_group(machine: Machine) -> list[int]:

@@ -12,6 +12,7 @@ from xbfs.vfs.times import SECOND_NS, iso_time
 from xbfs_engine.core.limits import KIB
 
 if TYPE_CHECKING:
+    from xbfs_engine.catalog.boottests import BootTest
     from xbfs_engine.catalog.restore_point import DiskRecord, RestorePoint
 
 _BYTES_SHOWN_MAX: Final = 4 * KIB
@@ -52,6 +53,17 @@ def disk_record(disk: DiskRecord) -> dict[str, object]:
 def vm_record(point: RestorePoint) -> dict[str, object]:
     """What is known of the VM and its disks. Bytes are base64, or their size where they are long."""
     return {**_head(point), "disks": [_identity(disk) for disk in point.disks], "vm": _plain(point.vm)}
+
+
+def test_record(test: BootTest) -> dict[str, object]:
+    """The result of a boot test, without its screenshot."""
+    return {
+        "point": test.point,
+        "time": iso_time(test.made_ns // SECOND_NS),
+        **test.to_record(),
+        "console": test.console,
+        "screenshot_bytes": len(test.screenshot),
+    }
 
 
 def _head(point: RestorePoint) -> dict[str, object]:

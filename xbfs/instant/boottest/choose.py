@@ -9,7 +9,7 @@ from pathlib import Path
 from shutil import which
 from typing import TYPE_CHECKING, Final
 
-from xbfs.instant.qemu import PROGRAM
+from xbfs.instant.qemu import PROGRAM, raw_node
 from xbfs_engine.core.errors import XbfsError
 from xbfs_engine.formats.partitions import read_partitions
 
@@ -81,7 +81,13 @@ def runs_under(accelerator: str) -> bool:
                 *(program, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-sandbox", "on"),
                 *("-accel", accelerator, "-cpu", "max", "-M", "pc", "-m", "16"),
                 *("-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
-                *("-add-fd", f"fd={disk},set=1", "-drive", "file=/dev/fdset/1,format=raw,if=ide"),
+                *(
+                    "-add-fd",
+                    f"fd={disk},set=1",
+                    *raw_node("probe", "/dev/fdset/1", {}),
+                    "-device",
+                    "ide-hd,drive=probe",
+                ),
             ],
             pass_fds=[disk],
             stdin=subprocess.DEVNULL,
