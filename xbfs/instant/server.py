@@ -20,6 +20,7 @@ from xbfs.instant import sessions
 from xbfs.instant.served import RETRY_S, Served, open_overlays
 from xbfs.instant.session import TREE, Export
 from xbfs.instant.share import Share
+from xbfs.serve.device import same_device
 from xbfs.vfs.live.tree import LiveTree
 from xbfs_engine.core.errors import ExportFailed, SessionBusy, SessionNotFound, XbfsError
 from xbfs_engine.core.log import Logger
@@ -79,7 +80,8 @@ class LiveServer:
                     await mount.run(task_status=task_status)
                     nursery.cancel_scope.cancel()
 
-                await nursery.start(until_gone)
+                with same_device(self.state.device_file, self.state.live):
+                    await nursery.start(until_gone)
                 await nursery.start(self._share.run)
                 await control.listen()
                 write_replace(self.state.control_file, [os.fsencode(control.path)])

@@ -41,6 +41,11 @@ class StateDirectory:
         return self.path / "nfs"
 
     @property
+    def device_file(self) -> Path:
+        """The live mount's device number, which NFS clients' handles hold (``xbfs.serve.device``)."""
+        return self.path / "device"
+
+    @property
     def log_file(self) -> Path:
         """What a server in the background logs."""
         return self.path / "server.log"
