@@ -94,11 +94,11 @@ class _Supervisor:
             while True:
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 said = said or _read(reader)
-                if ended:
-                    return status, said
                 if said and not self._is_ready and not said.startswith(b"{"):
                     self._is_ready = True
                     self._ready()
+                if ended:
+                    return status, said
                 if self._heard(1.0 if said else _POLL_S):
                     os.kill(pid, signal.SIGTERM)
                 if self._stop_s is not None and self._clock.monotonic_s() - self._stop_s > STOP_S:

@@ -1,0 +1,65 @@
+"""What follows ``boot``: a restore point, or a verb; and who an export listens for."""
+
+from __future__ import annotations
+
+import pytest
+
+from xbfs.cli.boot_parsers import named
+from xbfs.cli.parsers import parse
+from xbfs.instant.share import _address, address_towards, checked_clients
+from xbfs_engine.core.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("line", "call"),
+    [
+        ("boot web@latest", "boot:boot"),
+        ("-r /r boot web@latest", "boot:boot"),
+        ("boot --disk 0 web@latest", "boot:boot"),
+        ("boot -r /r --json web@latest", "boot:boot"),
+        ("boot start list", "boot:boot"),
+        ("boot list", "boot_list:list_sessions"),
+        ("boot --json list", None),
+        ("--json boot list", "boot_list:list_sessions"),
+        ("boot list -r /r", "boot_list:list_sessions"),
+        ("boot discard web-1 --force", "boot_discard:discard"),
+        ("boot serve", "boot_serve:serve"),
+        ("points boot", "points:points"),
+    ],
+)
+def test_verbs_win_over_points(line: str, call: str | None) -> None:
+    if call is None:
+        with pytest.raises(UsageError):
+            parse(line.split())
+    else:
+        assert parse(line.split()).call == call
+
+
+def test_other_command_lines_are_left_alone() -> None:
+    for line in ("", "boot --help", "-r", "export boot --disk 0", "boot commit x"):
+        assert named(line.split()) == line.split()
+
+
+@pytest.mark.parametrize(
+    "line", ["boot", "boot w@latest --export ftp", "boot w@latest --hydrate 1X", "boot w@latest --disk 999999"]
+)
+def test_mistakes_are_usage_errors(line: str) -> None:
+    with pytest.raises(UsageError):
+        parse(line.split())
+
+
+def test_rates() -> None:
+    assert parse(["boot", "w@latest"]).hydrate is None
+    assert parse(["boot", "w@latest", "--hydrate"]).hydrate == 0
+    assert parse(["boot", "w@latest", "--hydrate", "50M"]).hydrate == 50 << 20
+
+
+def test_exports_listen_no_further_than_their_clients_are() -> None:
+    assert _address(("127.0.0.1/32",)) == "127.0.0.1"
+    assert _address(("127.0.0.1/32", "::1/128")) == "::1"
+    assert _address(("10.0.0.0/8", "127.0.0.1/32")) == "0.0.0.0"
+    assert _address(("fd00::/8",)) == "::"
+    assert address_towards("127.0.0.1") == "127.0.0.1"
+    assert checked_clients(["10.1.2.3/8", "fd00::1"]) == ("10.0.0.0/8", "fd00::1/128")
+    with pytest.raises(UsageError):
+        checked_clients(["host"])
