@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,6 +111,21 @@ def test_a_guest_that_boots(lab: Lab) -> None:
     assert test["marker_ms"] is not None
     assert BOOTED in test["console"]
     assert sessions(lab) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("panic", "reason"), [(0, "the kernel panicked"), (1, "reset 3 times: the kernel panicked")])
+def test_a_kernel_that_panics_fails(lab: Lab, panic: int, reason: str) -> None:
+    disk = lab.directory / "panics.raw"
+    shutil.copyfile(micro_disk(), disk)
+    config = lab.directory / "syslinux.cfg"
+    words = f"rdinit=/none root=/dev/none panic={panic} console=ttyS0"
+    config.write_text(f"SERIAL 0\nDEFAULT l\nTIMEOUT 1\nLABEL l\n KERNEL /vmlinuz\n APPEND {words}\n")
+    subprocess.run(["mcopy", "-o", "-i", f"{disk}@@{MIB}", str(config), "::/syslinux.cfg"], check=True)
+    lab.good("backup", "image", disk, "--vm", "panics", "-q")
+    done = lab.run("test", "panics@latest", "--accel", "tcg", "--firmware", "bios", "--json")
+    assert done.code == 109, done.err
+    assert reason in done.json["tests"][0]["reason"]
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def judge(seen: Observed, marker: str | None) -> Judgement | None:
     if seen.has_panicked:
         return Judgement(Verdict.FAILED, "the guest told that it panicked")
     if seen.resets >= RESETS_MAX:
-        return Judgement(Verdict.FAILED, f"the guest was reset {seen.resets} times")
+        return Judgement(Verdict.FAILED, f"the guest was reset {seen.resets} times" + (f": {fatal}" if fatal else ""))
     if seen.status == "io-error":
         return Judgement(
             Verdict.UNCLEAR,
