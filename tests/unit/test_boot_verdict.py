@@ -78,7 +78,7 @@ def test_a_calm_system_that_wrote_runs_and_each_part_of_that_is_needed() -> None
         {"cpu": 0.99},
         {"read_bytes": 1000},
     ):
-        assert verdict_of(replace(calm, **less)) is None, less  # type: ignore[arg-type]
+        assert verdict_of(replace(calm, **less)) is None, less
     assert at_deadline(replace(calm, still_s=1.0), None).verdict is Verdict.UNCLEAR
 
 
