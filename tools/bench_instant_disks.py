@@ -126,15 +126,18 @@ class NbdkitCow(Contender):
 
 
 class Session(Contender):
-    """A session of ours. ``export`` and ``format`` as for ``xbfs boot``; ``by`` how the client gets there."""
+    """A session of ours. ``export`` and ``format`` as for ``xbfs boot``; ``by`` how the client gets there; hydrated
+    ones are measured when all of the point has been copied."""
 
     is_ours = True
 
-    def __init__(self, export: str, by: str = "", *, format: str = "raw") -> None:
+    def __init__(self, export: str, by: str = "", *, format: str = "raw", is_hydrated: bool = False) -> None:
         self.export = export
         self.by = by
         self.format = format
-        self.name = " ".join(part for part in ("ours:", export, by, "" if format == "raw" else format) if part)
+        self.is_hydrated = is_hydrated
+        more = (by, "" if format == "raw" else format, "hydrated" if is_hydrated else "")
+        self.name = " ".join(part for part in ("ours:", export, *more) if part)
 
     @contextmanager
     def opened(self, place: Place) -> Iterator[Disk]:
@@ -142,11 +145,15 @@ class Session(Contender):
         options = ["--export", self.export, "--format", self.format]
         if self.export == "nfs":
             options += ["--client", "10.99.0.1"]
+        if self.is_hydrated:
+            options.append("--hydrate")
         started = time.perf_counter()
         told = place.xbfs("boot", "guest@latest", "--name", "bench", *options)
         ready = time.perf_counter() - started
         try:
-            blockdev, objects = session_disk(told["session"], self.by)
+            while self.is_hydrated and place.xbfs("boot", "list")["sessions"][0]["hydrated"] != 1:
+                time.sleep(0.5)
+            blockdev, objects = session_disk(told["session"], self.by or self.export)
             disk = Disk(blockdev, objects, place.supervisors(), ready)
             yield disk
         finally:
@@ -179,8 +186,6 @@ class Load:
             command += ["-w", "--pattern=97"]
         if self.flush_every:
             command += [f"--flush-interval={self.flush_every}"]
-        for one in disk.objects:
-            command += ["--object", one]
         command.append("json:" + json.dumps(disk.blockdev))
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
         found = _SECONDS.search(done.stdout)
