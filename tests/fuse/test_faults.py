@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -168,3 +169,19 @@ def test_a_bug_in_a_handler_does_not_end_the_mount(tmp_path: Path) -> None:
     log = mount.log.read_text()
     assert "ZeroDivisionError: injected" in log
     assert "opendir" in log
+
+
+def test_a_name_that_is_asked_for_while_others_go_away(mounted_alone: Mounted) -> None:
+    """The kernel is told of the pruned point while it waits for an answer about another name in that directory."""
+    mount = mounted_alone
+    first = mount.engine.points()[0]
+    for name in ("2026-09-21T141320Z", "latest"):
+        assert (mount.vm / name).exists()
+    time.sleep(1.1)  # a miss looks again at most once a second
+    mount.engine.storage.delete(f"points/{first.id}")
+    asked = subprocess.run(["stat", mount.vm / "no-such-name"], capture_output=True, timeout=10, check=False)
+    assert asked.returncode == 1
+    deadline = time.monotonic() + 2
+    while (mount.vm / "2026-09-21T141320Z").exists():
+        assert time.monotonic() < deadline, "the kernel still shows the point"
+        time.sleep(0.02)
