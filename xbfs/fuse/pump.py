@@ -61,6 +61,14 @@ class Telling:
                 self._idle.set()
 
 
+def _received(answers: socket.socket, buffer: memoryview) -> int:
+    """The next answer's size, 0 if the server is gone."""
+    try:
+        return answers.recv_into(buffer)
+    except ConnectionResetError:
+        return 0
+
+
 def main() -> None:
     """Carry until one side is gone."""
     answers = socket.socket(fileno=int(sys.argv[1]))
@@ -69,7 +77,7 @@ def main() -> None:
     buffer = memoryview(bytearray(ANSWER_MAX))
     telling = Telling(device)
     is_first = True
-    while size := answers.recv_into(buffer):
+    while size := _received(answers, buffer):
         if is_first and size >= FLAGS_AT + FLAGS.size:
             (flags,) = FLAGS.unpack_from(buffer, FLAGS_AT)
             FLAGS.pack_into(buffer, FLAGS_AT, flags & ~removed | added)

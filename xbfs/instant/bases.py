@@ -5,6 +5,7 @@ Any thread may use it. Reads of a storage that hangs fail or park as in the read
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -14,7 +15,7 @@ from xbfs.vfs.images import ImageFormat, open_image, vhd_refusal
 from xbfs.vfs.live.tree import READ_DEADLINE_S
 from xbfs_engine.catalog.blockmap import NodeStore
 from xbfs_engine.core.errors import ImageUnsupported, PointNotFound, StorageError
-from xbfs_engine.core.limits import MIB
+from xbfs_engine.core.limits import GIB, MIB
 from xbfs_engine.store.cache import ChunkCache
 from xbfs_engine.store.reader import ChunkReader
 
@@ -27,8 +28,16 @@ if TYPE_CHECKING:
     from xbfs_engine.store.reader import Locator
     from xbfs_engine.store.repository import Repository
 
-CACHE_BYTES: Final = 128 * MIB
-"""Of decoded chunks, for all sessions together; as ``--cache-size`` of a mount."""
+CACHE_MIN_BYTES: Final = 128 * MIB
+CACHE_MAX_BYTES: Final = GIB
+CACHE_SHARE: Final = 8
+"""Decoded chunks kept for all sessions together: this part of the machine's memory, within those bounds. A VM reads
+4 KiB where a chunk is 64 KiB: what is not kept is decoded again for each of them."""
+
+
+def cache_bytes(memory_bytes: int) -> int:
+    """How much of a machine's memory decoded chunks may take."""
+    return min(max(memory_bytes // CACHE_SHARE, CACHE_MIN_BYTES), CACHE_MAX_BYTES)
 
 
 class Bases:
@@ -39,7 +48,7 @@ class Bases:
         gate = Gate(repository.storage, repository.runtime.clock, deadline_s=READ_DEADLINE_S)
         reader = ChunkReader(gate, repository.keys, locator)
         self._nodes = NodeStore(reader)
-        self._cache = ChunkCache(reader, CACHE_BYTES)
+        self._cache = ChunkCache(reader, cache_bytes(_memory_bytes()))
 
     def point(self, point_id: PointId) -> RestorePoint:
         """A point of this repository, also one that was made since. Raises PointNotFound, IntegrityError."""
@@ -65,3 +74,7 @@ class Bases:
                 raise ImageUnsupported(f"disk {disk.number} is too big for a VHD", hint="boot it as --format raw")
             found[disk.key] = open_image(point, record, image_format, self._nodes, self._cache).access
         return found
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
