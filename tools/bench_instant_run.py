@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 from bench_instant_disks import ROOT, Contender, Load, NbdkitCow, Place, Qcow2, Session, drop_caches
 from benchlib import machine, median, table, verdict
 
@@ -150,7 +149,9 @@ def report_boots(took: Figures) -> list[list[str]]:
 
 def main() -> None:
     """Parse arguments, prepare, measure in turn, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="tools/bench_instant", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("/var/tmp"), help="where scratch data goes")
     parser.add_argument("--only", action="append", help="contenders whose name has this, beside qcow2")
