@@ -13,11 +13,11 @@ from xbfs_engine.core.errors import UsageError
 @pytest.mark.parametrize(
     ("line", "call"),
     [
-        ("boot web@latest", "boot:boot"),
-        ("-r /r boot web@latest", "boot:boot"),
-        ("boot --disk 0 web@latest", "boot:boot"),
-        ("boot -r /r --json web@latest", "boot:boot"),
-        ("boot start list", "boot:boot"),
+        ("boot web@latest", "boot_pool:begin"),
+        ("-r /r boot web@latest", "boot_pool:begin"),
+        ("boot --disk 0 web@latest", "boot_pool:begin"),
+        ("boot -r /r --json web@latest", "boot_pool:begin"),
+        ("boot start list", "boot_pool:begin"),
         ("boot list", "boot_list:list_sessions"),
         ("boot --json list", None),
         ("--json boot list", "boot_list:list_sessions"),

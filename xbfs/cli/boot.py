@@ -44,7 +44,7 @@ def boot(arguments: argparse.Namespace, output: Output) -> None:
 
 def plan_of(arguments: argparse.Namespace, point: RestorePoint, runtime: Runtime) -> Session:
     """The session that is asked for. Raises UsageError."""
-    export = Export(arguments.export)
+    export = Export(arguments.export or Export.FILE)
     default = DiskFormat.VHD if export is Export.NFS else DiskFormat.RAW
     disk_format = DiskFormat(arguments.format) if arguments.format else default
     if arguments.client and export is Export.FILE:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from xbfs.cli import text
 from xbfs.cli.boot import session_record
+from xbfs.cli.boot_pool_end import journal_of, leave_pool
 from xbfs.cli.context import repository_of
 from xbfs.instant import client
 from xbfs_engine.core.errors import SessionNotFound
@@ -27,7 +28,13 @@ def discard(arguments: argparse.Namespace, output: Output) -> None:
     vm_name = found.session.vm_name if found.session else "?"
     if arguments.dry_run:
         in_use = "; its disks are in use, so it needs --force" if found.is_busy else ""
+        on_pool = journal_of(repository, found.name)
+        if on_pool is not None:
+            output.say(f"would delete its VM on pool {on_pool.record.pool}, and have the pool forget its SR")
         output.say(f"would throw away session {found.name} of {vm_name} with {written}{in_use}")
         return
-    client.discard(repository, found.name, force=arguments.force)
+    on_pool = journal_of(repository, found.name)
+    if on_pool is not None:
+        leave_pool(repository, on_pool, output, force=arguments.force)
+    client.discard(repository, found.name, force=arguments.force or on_pool is not None)
     output.say(f"session {found.name} of {vm_name} is gone, with {written}; the restore point is as it was")

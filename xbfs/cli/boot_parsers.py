@@ -33,11 +33,15 @@ def add_boot(verbs: Verbs) -> None:
         "boot_discard:discard",
         "throw a session away, with all that was written to its disks",
         ["xbfs boot discard web-1f3c --dry-run", "xbfs boot discard web-1f3c"],
-        "The restore point is as it was. Refused while somebody has a disk of it open, but for --force.",
+        "The restore point is as it was. Refused while somebody has a disk of it open, but for --force. What a\n"
+        "session has on a pool goes first: its VM, and its SR, which is forgotten.",
     )
     discard.add_argument("name", metavar="NAME", help="the session")
     discard.add_argument("-n", "--dry-run", action="store_true", help="only say what would be lost")
-    discard.add_argument("--force", action="store_true", help="even while its disks are in use")
+    discard.add_argument(
+        "--force", action="store_true", help="even while its disks are in use; on a pool: power the VM off"
+    )
+    _add_migrate(boot)
     boot.add(
         "serve",
         "boot_serve:serve",
@@ -75,12 +79,13 @@ def _next(words: Sequence[str], place: int) -> int:
 def _add_start(boot: Verbs) -> None:
     start = boot.add(
         START,
-        "boot:boot",
+        "boot_pool:begin",
         "begin a session: the disks of a restore point, writable",
         [
             "xbfs boot web@latest",
             "xbfs boot web@latest --export nbd --name web-test",
             "xbfs boot db@2026-09-20 --disk 0 --disk 1 --hydrate 50M",
+            "xbfs boot web@latest --pool prod --isolated",
         ],
         "`xbfs boot POINT` is short for it. What is written goes to local files and survives crashes of anything; the\n"
         "restore point never changes. The session is served until `xbfs boot discard`, also after a restart of the\n"
@@ -94,7 +99,6 @@ def _add_start(boot: Verbs) -> None:
     start.add_argument(
         "--export",
         choices=("file", "nbd", "nfs"),
-        default="file",
         help="files of this machine; NBD, with TLS on the network; or an NFS share (default: file)",
     )
     start.add_argument(
@@ -118,12 +122,57 @@ def _add_start(boot: Verbs) -> None:
         help="copy the point to local files in the background, at most RATE bytes a second as 50M (default: no limit),"
         " so that the VM does not depend on the repository",
     )
+    _add_pool(start)
+
+
+def _add_pool(start: argparse.ArgumentParser) -> None:
+    pool = start.add_argument_group("on a pool", "the VM runs on a XenServer / XCP-ng pool: docs/instant-pool.md")
+    pool.add_argument("--pool", metavar="POOL", help="run it there, as `xbfs pool list` shows it")
+    pool.add_argument("--as", dest="vm_name", metavar="NAME", help="name of the VM there (default: the name it had)")
+    pool.add_argument("--sr-name", metavar="NAME", help="name of the SR that is made (default: xbfs and the VM's name)")
+    pool.add_argument("--host", metavar="HOST", help="only this host, by name or uuid, gets the SR (default: all)")
+    networks = pool.add_mutually_exclusive_group()
+    networks.add_argument(
+        "--network",
+        dest="networks",
+        type=_pair,
+        action="append",
+        default=[],
+        metavar="A=B",
+        help="put what was in network A into network B of the pool, each by name or uuid",
+    )
+    networks.add_argument("--isolated", action="store_true", help="the VM gets no network interface")
+    pool.add_argument("--no-start", action="store_true", help="leave the VM halted")
+    pool.add_argument(
+        "--server", metavar="ADDRESS", help="how hosts reach this machine (default: as it reaches the pool's master)"
+    )
+
+
+def _add_migrate(boot: Verbs) -> None:
+    migrate = boot.add(
+        "migrate",
+        "boot_migrate:migrate",
+        "bring the VM of a session on a pool to an SR of the pool, and end the session",
+        ["xbfs boot migrate web-1f3c --to san1"],
+        "A VM that runs goes on running; the disks of a halted one are copied. Then the session's SR is forgotten,\n"
+        "and the VM needs this machine no more. What was interrupted is gone on with by the same command.",
+    )
+    migrate.add_argument("name", metavar="NAME", help="the session")
+    migrate.add_argument("--to", required=True, metavar="SR", help="where the disks go: name or uuid of an SR")
+    migrate.add_argument("-q", "--quiet", action="store_true", help="show no progress")
 
 
 def _disk_number(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) >= DISKS_PER_POINT_MAX:
         raise argparse.ArgumentTypeError(f"{text!r} is not a disk number from 0 to {DISKS_PER_POINT_MAX - 1}")
     return int(text)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    source, equals, target = text.partition("=")
+    if not (source and equals and target):
+        raise argparse.ArgumentTypeError(f"{text!r} is not A=B, the VM's network and the pool's")
+    return source, target
 
 
 def _rate(text: str) -> int:
