@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.boot_world import BootWorld, boot_world, wait_until
+from xbfs.fuse.mountpoint import mounts
+from xbfs.instant.server import IDLE_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,8 +30,7 @@ def world() -> Iterator[BootWorld]:
 @pytest.fixture(autouse=True)
 def discarded(world: BootWorld) -> Iterator[None]:
     yield
-    for name in world.sessions():
-        world.good("boot", "discard", name, "--force")
+    world.discard_all()
 
 
 def write(disk: Path, offset: int, data: bytes = WRITTEN) -> None:
@@ -51,6 +53,14 @@ def read(disk: Path, offset: int, size: int) -> bytes | None:
         return None
 
 
+def has_socket(pid: int) -> bool:
+    found = []
+    for place in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            found.append(str(place.readlink()))
+    return any(target.startswith("socket:") for target in found)
+
+
 def test_a_session_shows_the_point_takes_writes_and_is_discarded(world: BootWorld) -> None:
     disk = world.boot("one")
     assert disk.read_bytes() == world.gen2.read_bytes()
@@ -62,9 +72,8 @@ def test_a_session_shows_the_point_takes_writes_and_is_discarded(world: BootWorl
     assert b"4.0 KiB" in told.out
     assert disk.exists()
     world.good("boot", "discard", "one")
-    assert not disk.exists()
-    assert world.sessions() == {}
-    assert not list((world.state / "sessions").iterdir())
+    wait_until(lambda: not disk.exists())  # the kernel is told a moment later
+    assert world.names() == []
     assert world.run("boot", "discard", "one").code == 101
 
 
@@ -94,7 +103,7 @@ def test_what_was_acknowledged_survives_kill_9(world: BootWorld, victim: str) ->
         assert not world.sessions()["k"]["served"]
         world.boot("other")
     assert read(disk, 4096, 4096) == WRITTEN
-    assert world.sessions()["k"]["dirty_bytes"] == 4096
+    assert world.told("k")["dirty_bytes"] == 4096
 
 
 def test_a_disk_in_use_is_not_thrown_away(world: BootWorld) -> None:
@@ -102,7 +111,7 @@ def test_a_disk_in_use_is_not_thrown_away(world: BootWorld) -> None:
     with disk.open("rb"):
         done = world.run("boot", "discard", "busy")
         assert done.code == 103, done.err
-        assert world.sessions()["busy"]["in_use"]
+        assert world.told("busy")["busy"]
     world.good("boot", "discard", "busy")
 
 
@@ -121,11 +130,50 @@ def test_in_the_foreground_it_ends_when_told_and_everything_is_flushed(world: Bo
     assert read(disk, 0, 4096) == WRITTEN
 
 
+def test_a_server_in_the_background_ends_with_the_last_session(world: BootWorld) -> None:
+    world.boot("first")
+    world.boot("last")
+    world.ask("discard", name="first")
+    server = world.server()
+    world.ask("discard", name="last")
+    wait_until(lambda: not world.processes(), 10)
+    assert str(world.state / "live") not in mounts()
+    disk = world.boot("next")
+    assert world.server() != server
+    assert read(disk, 0, 4096) == world.gen2.read_bytes()[:4096]
+
+
+@pytest.mark.slow
+def test_a_server_in_the_foreground_stays_without_sessions(world: BootWorld) -> None:
+    world.end()
+    with world.started("boot", "serve") as process:
+        wait_until(lambda: str(world.state / "live") in mounts())
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(IDLE_S + 2)
+        assert read(world.boot("late"), 0, 4096) == world.gen2.read_bytes()[:4096]
+        assert world.supervisor() == process.pid
+
+
+def test_a_session_that_is_begun_just_when_the_server_ends_is_served_by_the_next(world: BootWorld) -> None:
+    world.boot("before")
+    ending = [world.server(), world.supervisor()]
+    for pid in ending:
+        os.kill(pid, signal.SIGSTOP)
+    with world.started("boot", "web@latest", "--name", "just") as process:
+        # It has made the session, found the server, and waits for what that says.
+        wait_until(lambda: (world.state / "sessions/just/session.json").exists() and has_socket(process.pid))
+        for pid in ending:
+            os.kill(pid, signal.SIGKILL)
+        assert process.wait(60) == 0
+    assert read(world.state / "live/just/0.raw", 0, 4096) == world.gen2.read_bytes()[:4096]
+    assert not set(ending) & set(world.processes())
+
+
 def test_without_a_server_sessions_are_discarded_too(world: BootWorld) -> None:
     world.boot("dead")
     world.end()
     world.good("boot", "discard", "dead")
-    assert world.sessions() == {}
+    assert world.names() == []
     assert world.processes() == []
 
 
@@ -206,4 +254,4 @@ def test_nbd_serves_the_disk_and_is_there_again_after_a_crash(world: BootWorld) 
 def test_mistakes_are_told_and_leave_nothing(world: BootWorld, words: tuple[str, ...], code: int) -> None:
     done = world.run(*words)
     assert done.code == code, done.err
-    assert world.sessions() == {}
+    assert world.names() == []

@@ -22,7 +22,7 @@ END_S = 20
 
 
 def test_what_the_first_server_ended_with_is_told() -> None:
-    def refused(_: Callable[[], None]) -> None:
+    def refused(_: Callable[[], None]) -> bool:
         raise MountPointNotEmpty("it holds 'x'", hint="empty it")
 
     deaths: list[None] = []
@@ -33,20 +33,35 @@ def test_what_the_first_server_ended_with_is_told() -> None:
 
 
 def test_one_that_is_killed_before_it_serves_is_told() -> None:
+    def killed(_: Callable[[], None]) -> bool:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return True
+
     with pytest.raises(LiveServerDown, match="before it served"):
-        supervise(
-            lambda _: os.kill(os.getpid(), signal.SIGKILL),
-            after_death=lambda: None,
-            ready=lambda: None,
-            clock=SystemClock(),
-        )
+        supervise(killed, after_death=lambda: None, ready=lambda: None, clock=SystemClock())
+
+
+def test_one_that_nobody_needs_any_more_is_not_started_anew(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.touch()
+
+    def serve(ready: Callable[[], None]) -> bool:
+        """Ends once because it was told, then because nobody needs it."""
+        ready()
+        with log.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return len(log.read_text().split()) == 2
+
+    deaths: list[None] = []
+    supervise(serve, after_death=lambda: deaths.append(None), ready=lambda: None, clock=SystemClock())
+    assert len(log.read_text().split()) == len(deaths) == 2
 
 
 def test_servers_are_started_anew_until_sigterm_ends_both(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.touch()
 
-    def serve(ready: Callable[[], None]) -> None:
+    def serve(ready: Callable[[], None]) -> bool:
         """Serves twice in vain, then until it is told to end."""
         with log.open("a") as file:
             file.write(f"{os.getpid()}\n")

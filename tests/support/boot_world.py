@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.support.cli import Done, World, make_world
+from xbfs.control import wire
 from xbfs.fuse.mountpoint import mounts
+from xbfs.instant.client import connected
+from xbfs.instant.state import StateDirectory
+from xbfs_engine.core.errors import LiveServerDown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,6 +47,27 @@ class BootWorld(World):
         done: Done = self.run("boot", "list", "--json")
         assert done.code in (0, 3), done.err
         return {session["name"]: session for session in done.json["sessions"]}
+
+    def names(self) -> list[str]:
+        """Of the sessions on disk, without a command."""
+        return sorted(place.name for place in (self.state / "sessions").glob("*"))
+
+    def ask(self, verb: str, **arguments: object) -> Any:
+        """Of the server, without a command."""
+        with connected(StateDirectory(self.state)) as control:
+            return control.ask(wire.Request(verb, arguments))
+
+    def told(self, name: str) -> dict[str, Any]:
+        """What the server tells of a session."""
+        return next(session for session in self.ask("list") if session["name"] == name)
+
+    def discard_all(self) -> None:
+        """However it is done."""
+        for name in self.names():
+            try:
+                self.ask("discard", name=name, force=True)
+            except LiveServerDown:
+                shutil.rmtree(self.state / "sessions" / name)
 
     def processes(self) -> list[int]:
         """Supervisors and servers of this world's sessions, oldest first."""

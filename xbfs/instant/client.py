@@ -79,9 +79,7 @@ def begin(repository: Repository, catalog: Catalog, index: Locator, plan: Sessio
     state = state_of(repository.id, os.environ)
     sessions.create(state, plan, repository.id, Bases(repository, catalog, index).of(plan))
     try:
-        ensure_server(repository, catalog, index)
-        with connected(state) as control:
-            answer = control.ask(wire.Request("open", {"name": plan.name}))
+        answer = _opened(repository, catalog, index, plan.name)
     except BaseException:
         _discard(state, plan.name, repository.runtime.clock, force=True)
         raise
@@ -131,16 +129,19 @@ def ensure_server(repository: Repository, catalog: Catalog, index: Locator) -> N
         except LiveServerDown:
             pass
         try:
-            run_in_background(partial(serve, repository, catalog, index), state.log_file)
+            run_in_background(partial(serve, repository, catalog, index, stays=False), state.log_file)
         except SessionBusy as exc:
             busy = exc
             time.sleep(_POLL_S)
     raise LiveServerDown(f"the live server does not answer: {busy}", hint=f"its log is {state.log_file}")
 
 
-def serve(repository: Repository, catalog: Catalog, index: Locator, ready: Callable[[], None]) -> None:
-    """Supervise a live server until SIGTERM or SIGINT; ``ready`` is called when it serves. Needs a process that has
-    no threads. Raises SessionBusy if there is one already, and what the first server ends with."""
+def serve(
+    repository: Repository, catalog: Catalog, index: Locator, ready: Callable[[], None], *, stays: bool = True
+) -> None:
+    """Supervise a live server until SIGTERM or SIGINT, or, unless it ``stays``, until there are no sessions; ``ready``
+    is called when it serves. Needs a process that has no threads. Raises SessionBusy if there is one already, and what
+    the first server ends with."""
     from xbfs.instant import server
     from xbfs.instant.supervisor import supervise
 
@@ -148,8 +149,8 @@ def serve(repository: Repository, catalog: Catalog, index: Locator, ready: Calla
     mountpoint.check_installed()
     clock = repository.runtime.clock
 
-    def run(told: Callable[[], None]) -> None:
-        server.serve(state, Bases(repository, catalog, index), repository.id, clock, told)
+    def run(told: Callable[[], None]) -> bool:
+        return server.serve(state, Bases(repository, catalog, index), repository.id, clock, told, stays=stays)
 
     with state.serving():
         mountpoint.let_go(state.live)  # what a server left that was killed with its supervisor
@@ -169,6 +170,20 @@ def connected(state: StateDirectory) -> Iterator[Control]:
             yield control
     except Unreachable as exc:
         raise LiveServerDown(f"nobody serves the sessions of this repository: {exc.message}") from exc
+
+
+def _opened(repository: Repository, catalog: Catalog, index: Locator, name: str) -> object:
+    """What the server answers of a new session: one that was about to end for want of sessions may not any more."""
+    clock = repository.runtime.clock
+    until_s = clock.monotonic_s() + START_S
+    while True:
+        ensure_server(repository, catalog, index)
+        try:
+            with connected(state_of(repository.id, os.environ)) as control:
+                return control.ask(wire.Request("open", {"name": name}))
+        except LiveServerDown:
+            if clock.monotonic_s() > until_s:
+                raise
 
 
 def _discard(state: StateDirectory, name: str, clock: Clock, *, force: bool) -> None:

@@ -40,16 +40,21 @@ BUSY_S: Final = 2.0
 """The kernel tells of a close when it has returned already."""
 BUSY_NFS_S: Final = 12.0
 """nfs-ganesha looks every 5 s which files nobody uses."""
+IDLE_S: Final = 3.0
+"""For how long there is no session before a server in the background ends: the next one may come at once."""
+_IDLE_POLL_S: Final = 0.5
 _POLL_S: Final = 0.1
 
 _log = Logger("xbfs.instant")
 
 
 class LiveServer:
-    """Of the sessions in ``state``, over ``bases`` of the repository with that id."""
+    """Of the sessions in ``state``, over ``bases`` of the repository with that id. ``stays``: also without sessions."""
 
-    def __init__(self, state: StateDirectory, bases: Bases, repository_id: str, clock: Clock) -> None:
+    def __init__(self, state: StateDirectory, bases: Bases, repository_id: str, clock: Clock, *, stays: bool) -> None:
         self.state = state
+        self.stays = stays
+        self.is_needed = True
         self.tree = LiveTree(clock)
         self.served: dict[str, Served] = {}
         self.handlers: dict[str, Handler] = {
@@ -67,7 +72,8 @@ class LiveServer:
         self._nursery: trio.Nursery | None = None
 
     async def run(self, ready: Callable[[], None]) -> None:
-        """Serve all sessions until SIGTERM, SIGINT or somebody unmounts. Raises MountError, StorageError."""
+        """Serve all sessions until SIGTERM, SIGINT, somebody unmounts, or it is not needed. Raises MountError,
+        StorageError."""
         control = ControlServer(_socket(self.state), self.handlers)
         mount = LiveMount(self.tree, self.state.live, clock=self._clock, allow_other=os.geteuid() == 0)
         try:
@@ -89,6 +95,8 @@ class LiveServer:
                 for served in self.served.values():
                     nursery.start_soon(served.run, self._clock)
                 nursery.start_soon(self._tend)
+                if not self.stays:
+                    nursery.start_soon(self._end_when_idle, nursery.cancel_scope)
                 ready()
         finally:
             control.close()
@@ -155,6 +163,24 @@ class LiveServer:
                     await self._begin(name)
                 await self._settle()
             await trio.sleep(RETRY_S)
+
+    async def _end_when_idle(self, everything: trio.CancelScope) -> None:
+        """End once there is no session. Who makes one just then finds nobody, and starts the next server."""
+        since_s = trio.current_time()
+        while self.is_needed:
+            await trio.sleep(_IDLE_POLL_S)
+            async with self._changing:
+                if await trio.to_thread.run_sync(self._has_sessions):
+                    since_s = trio.current_time()
+                self.is_needed = trio.current_time() - since_s < IDLE_S
+        everything.cancel()
+
+    def _has_sessions(self) -> bool:
+        """Also such as can not be served, or as nobody can tell of. In a thread."""
+        try:
+            return bool(sessions.names(self.state))
+        except XbfsError:
+            return True
 
     async def _begin(self, name: str) -> None:
         assert self._nursery is not None
@@ -234,14 +260,24 @@ class LiveServer:
                 everything.cancel()
 
 
-def serve(state: StateDirectory, bases: Bases, repository_id: str, clock: Clock, ready: Callable[[], None]) -> None:
-    """A live server as a whole process: returns when it was told to end."""
+def serve(
+    state: StateDirectory,
+    bases: Bases,
+    repository_id: str,
+    clock: Clock,
+    ready: Callable[[], None],
+    *,
+    stays: bool,
+) -> bool:
+    """A live server as a whole process: returns when it ended, whether that is for good: nobody needs it."""
 
-    async def run() -> None:
-        await LiveServer(state, bases, repository_id, clock).run(ready)
+    async def run() -> bool:
+        server = LiveServer(state, bases, repository_id, clock, stays=stays)
+        await server.run(ready)
+        return not server.is_needed
 
     try:
-        trio.run(run)
+        return trio.run(run)
     except BaseExceptionGroup as group:
         problem: BaseException | None = group.subgroup(XbfsError)
         while isinstance(problem, BaseExceptionGroup):

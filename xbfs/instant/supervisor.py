@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from xbfs_engine.core.runtime import Clock
 
-    Serve = Callable[[Callable[[], None]], None]
-    """Serves until told to stop; calls its argument once it does."""
+    Serve = Callable[[Callable[[], None]], bool]
+    """Serves until told to stop; calls its argument once it does. Returns whether nobody needs a server any more."""
 
 _PR_SET_PDEATHSIG: Final = 1
 """Linux uapi/linux/prctl.h."""
@@ -35,12 +35,15 @@ _BACKOFF_S: Final = (0.0, 0.2, 1.0, 2.0, 5.0)
 """Waits before further starts while servers keep ending soon; the last one for ever."""
 _STEADY_S: Final = 30.0
 _MESSAGE_MAX: Final = 64 << 10
+_NOT_NEEDED: Final = 0
+"""The exit status of a server that need not be started anew; nothing else ends with it."""
 
 _log = Logger("xbfs.instant")
 
 
 def supervise(serve: Serve, *, after_death: Callable[[], None], ready: Callable[[], None], clock: Clock) -> None:
-    """Have ``serve`` run in a process of its own until SIGTERM or SIGINT comes; ``ready`` is called when it serves.
+    """Have ``serve`` run in a process of its own until SIGTERM or SIGINT comes, or it says that nobody needs it;
+    ``ready`` is called when it serves.
 
     ``after_death`` takes away what a dead server leaves. Raises what the first server ended with before it served,
     LiveServerDown if it did not say. Later ones are started anew for ever.
@@ -73,6 +76,8 @@ class _Supervisor:
                 return
             if not self._is_ready:
                 raise _problem(said, status)
+            if os.waitstatus_to_exitcode(status) == _NOT_NEEDED:
+                return
             _log.warning("the live server ended and is started anew", status=status)
             fails = 0 if self._clock.monotonic_s() - began_s >= _STEADY_S else fails + 1
             pause_s = _BACKOFF_S[min(max(fails - 1, 0), len(_BACKOFF_S) - 1)]
@@ -122,14 +127,14 @@ def _become_server(serve: Serve, writer: int, supervisor: int) -> NoReturn:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         if os.getppid() != supervisor:
             os._exit(status)
-        serve(lambda: _say(writer, b"ready"))
-        status = 0
+        if serve(lambda: _say(writer, b"ready")):
+            status = _NOT_NEEDED
     except XbfsError as exc:
         status = exc.exit_code
         sys.stderr.write(f"{type(exc).__name__}: {exc}\n")
         _say(writer, json.dumps({"error": type(exc).__name__, "message": exc.message, "hint": exc.hint}).encode())
     except KeyboardInterrupt:
-        status = 0
+        pass
     except BaseException as exc:  # noqa: BLE001 - the end of a process of its own
         _log.error("the live server failed for a reason of our own", exc_info=exc)
         _say(writer, json.dumps({"error": "", "message": f"the live server failed: {exc!r}", "hint": ""}).encode())
