@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import stat
 import threading
@@ -67,8 +68,9 @@ def walked(tree: LiveTree, *names: str) -> int:
     return inode
 
 
-def descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
+def descriptors() -> set[str]:
+    gc.collect()  # those that earlier tests left behind may be closed any time
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
 
 
 def test_a_stub_shows_its_disk(tree: LiveTree, home: Path, overlay: Overlay) -> None:
@@ -249,7 +251,7 @@ def test_no_descriptor_is_lost(home: Path, overlay: Overlay) -> None:
     for inode in known:
         tree.forget(inode, 1)
     tree.remove("vm")
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 def test_a_write_behind_the_end_and_one_too_far(overlay: Overlay, tmp_path: Path) -> None:

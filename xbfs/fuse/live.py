@@ -18,11 +18,12 @@ from xbfs.fuse.files import OpenFiles
 from xbfs.fuse.live_plane import LivePlane
 from xbfs.fuse.mount import USABLE_S, connected, tune_read_ahead
 from xbfs.vfs.live.disks import LEAVE_S
+from xbfs.vfs.live.tree import ignored
 from xbfs_engine.core.errors import MountFailed
 from xbfs_engine.core.log import Logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from xbfs.vfs.live.tree import LiveTree
@@ -68,7 +69,11 @@ class LiveMount:
             hint = "" if os.geteuid() == 0 else "allow_other needs the line user_allow_other in /etc/fuse.conf"
         try:
             with connected(plane_of, LiveOperations(self._tree, files), path, options, hint) as plane:
-                await self._serve(plane, path, task_status)
+                self._tree.tell_gone = _forget
+                try:
+                    await self._serve(plane, path, task_status)
+                finally:
+                    self._tree.tell_gone = ignored  # libfuse crashes when it is asked without a mount
         finally:
             # Threads may still be in a disk that whoever runs this is going to close.
             with trio.move_on_after(LEAVE_S, shield=True):
@@ -110,18 +115,21 @@ class LiveMount:
             raise MountFailed(problem)
 
     async def _tend(self) -> NoReturn:
-        """Put down times, and have the kernel forget sessions that are shown no more."""
-        import pyfuse3
-
+        """Put down times."""
         while True:
             await trio.sleep(SETTLE_S)
             self._tree.settle()
-            while self._tree.gone:
-                name, disks = self._tree.gone.pop()
-                pyfuse3.invalidate_entry_async(pyfuse3.ROOT_INODE, name, ignore_enoent=True)
-                for inode in disks:
-                    with suppress(OSError):  # the kernel does not know it
-                        pyfuse3.invalidate_inode(inode)
+
+
+def _forget(name: bytes, disks: Iterable[int]) -> None:
+    """Have the kernel forget a session that is shown no more."""
+    import pyfuse3
+
+    with suppress(OSError):  # the kernel does not know it
+        pyfuse3.invalidate_entry(pyfuse3.ROOT_INODE, name)
+    for inode in disks:
+        with suppress(OSError):
+            pyfuse3.invalidate_inode(inode)
 
 
 def _allow_descriptors() -> None:

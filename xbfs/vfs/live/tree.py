@@ -26,7 +26,7 @@ from xbfs_engine.core.errors import SessionBusy, SessionExists, StorageError
 from xbfs_engine.core.log import Logger
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from xbfs.vfs.live.handles import Opened
@@ -44,10 +44,14 @@ PASSED_ON: Final = b"user."
 _log = Logger("xbfs.live")
 
 
+def ignored(_name: bytes, _disks: list[int]) -> None:
+    """Nobody has to be told that a session is gone."""
+
+
 class LiveTree:
     """Of one live mount. ``deadline_s``: how long a read, or what a write needs of the restore point, may take.
 
-    ``gone``: names, and disks by inode number, that the kernel shall forget.
+    ``tell_gone`` is called with a name, and the inode numbers of its disks, that the kernel shall forget.
     """
 
     def __init__(self, clock: Clock, *, deadline_s: float = READ_DEADLINE_S) -> None:
@@ -57,7 +61,7 @@ class LiveTree:
         self.nodes = Nodes()
         self.frozen = Frozen(self._began_ns)
         self._sessions: dict[bytes, ShownSession] = {}
-        self.gone: list[tuple[bytes, list[int]]] = []
+        self.tell_gone: Callable[[bytes, list[int]], None] = ignored
 
     def add(self, name: str, directory: Path, disks: Mapping[str, Overlay]) -> None:
         """Show ``directory`` as ``name``, with ``disks`` by key in place of its stubs. Raises StorageError."""
@@ -86,7 +90,7 @@ class LiveTree:
         if session.opened and not force:
             raise SessionBusy(f"{session.opened} files of session {name} are open")
         del self._sessions[key]
-        self.gone.append((key, list(session.stubs)))
+        self.tell_gone(key, list(session.stubs))
         self.frozen.hide(key)
         self._drop(session)
 
