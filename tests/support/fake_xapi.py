@@ -105,7 +105,7 @@ class FakeXapi:
         if not name.startswith("get_"):
             self.diary.append(method)
         codes = self.faults.get(method, [])
-        code = codes.pop(0) if codes else self.refused.get((method, arguments[0] if arguments else ""), "")
+        code = codes.pop(0) if codes else self.refused.get((method, str(arguments[0]) if arguments else ""), "")
         try:
             if code:
                 raise Failure(code, *(str(argument) for argument in arguments[:1]))

@@ -67,7 +67,6 @@ def boot_on_pool(arguments: argparse.Namespace, output: Output) -> None:
     repository = repository_of(arguments)
     catalog, index = catalog_of(repository, output), index_of(repository)
     point = point_of(catalog, arguments.point)
-    client.ensure_server(repository, catalog, index)  # before this process has threads
     plan = tasks.run(partial(_plan, arguments, config, secrets, point))
     session = _session(arguments, plan, repository.runtime)
     began = client.begin(repository, catalog, index, session)
