@@ -29,7 +29,7 @@ from xbfs_engine.restore.vm.target import look_at
 from xbfs_engine.source.xapi.vm_record import RECORD_KEY
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from xbfs_engine.catalog.restore_point import RestorePoint
