@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import random  # noqa: TID251 - seeded
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.fuse.conftest import NEW, OLD, SIZE
+from tests.support.boot_results import boot_test
 from tests.support.engine import pattern
 from tests.support.mounts import drop_page_cache
+from xbfs_engine.catalog.boottests import put_boot_test
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -119,6 +122,23 @@ def test_new_points_appear_while_mounted(mounted_alone: Mounted) -> None:
         time.sleep(0.05)
     assert mount.disk.read_bytes() == pattern(10, SIZE)
     assert (mount.vm / "2026-09-21T141500Z/disks/0.raw").read_bytes() == old
+
+
+def test_a_boot_test_appears_in_the_report_and_an_open_one_stays_as_it_was(mounted_alone: Mounted) -> None:
+    mount = mounted_alone
+    path = mount.vm / "latest/report.json"
+    with path.open("rb", buffering=0) as old:
+        before = path.stat()
+        assert json.loads(path.read_bytes())["tests"] == []
+        put_boot_test(mount.engine.repository, boot_test(mount.engine.points()[-1].id, before.st_mtime_ns + 1))
+        deadline = time.monotonic() + 10
+        while path.stat().st_size == before.st_size:
+            assert time.monotonic() < deadline, "the result does not appear by itself"
+            time.sleep(0.05)
+        assert json.loads(path.read_bytes())["tests"][0]["verdict"] == "booted"
+        assert len(path.read_bytes()) == path.stat().st_size
+        assert path.stat().st_mtime_ns == before.st_mtime_ns + 1
+        assert json.loads(old.readall())["tests"] == []
 
 
 def test_a_pruned_point_goes_away(mounted_alone: Mounted) -> None:

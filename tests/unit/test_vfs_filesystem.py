@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
 
+from tests.support.boot_results import boot_test
 from tests.support.engine import CHUNK, Engine, pattern
 from tests.support.faulty_storage import Fault, FaultyStorage, Kind, Mode
 from tests.support.guests_here import GuestsHere
 from xbfs.vfs import inodes
 from xbfs.vfs.filesystem import MISS_REFRESH_S, Changes, FileSystem, ViewOptions
+from xbfs_engine.catalog.boottests import put_boot_test
 from xbfs_engine.catalog.catalog import Catalog
 from xbfs_engine.core.errors import ChunkCorrupt, StorageUnavailable
+from xbfs_engine.core.ids import PointId
 from xbfs_engine.storage.memory import MemoryStorage
 
 if TYPE_CHECKING:
@@ -69,6 +72,12 @@ def status(filesystem: FileSystem) -> dict[str, object]:
     return found
 
 
+def report(filesystem: FileSystem, inode: int) -> dict[str, Any]:
+    found = json.loads(filesystem.tree.text(inode) or b"")
+    assert isinstance(found, dict)
+    return found
+
+
 def test_a_missing_name_is_looked_for_but_not_often(repository: Repository) -> None:
     async def look(filesystem: FileSystem) -> None:
         found = await filesystem.lookup(inodes.BY_ID, repository.point.id)
@@ -118,6 +127,37 @@ def test_changes_name_what_is_gone_and_what_has_grown(repository: Repository) ->
         await filesystem.refresh()
         assert (inodes.VMS, "vm") in told[3].gone
         assert filesystem.tree.entries(inodes.VMS) == []
+
+    run(repository, look)
+
+
+def test_a_boot_test_of_a_point_is_told_of_and_shown(repository: Repository) -> None:
+    async def look(filesystem: FileSystem) -> None:
+        await filesystem.refresh()
+        told: list[Changes] = []
+        filesystem.tell = told.append
+        shown = filesystem.tree.points.by_id[repository.point.id]
+        inode = inodes.make(shown.owner, inodes.POINT_REPORT)
+        before = filesystem.tree.attributes(inode)
+        assert report(filesystem, inode)["tests"] == []
+        for made_ns in (5 << 60, 6 << 60):
+            test = boot_test(PointId(repository.point.id), made_ns)
+            await trio.to_thread.run_sync(put_boot_test, repository.engine.repository, test)
+        await filesystem.refresh()
+        await filesystem.refresh()
+        assert told == [Changes(turned=[inode])]
+        assert [test["verdict"] for test in report(filesystem, inode)["tests"]] == ["booted"] * 2
+        after = filesystem.tree.attributes(inode)
+        assert before is not None
+        assert after is not None
+        assert after.size_bytes == len(filesystem.tree.text(inode) or b"") > before.size_bytes
+        assert after.mtime_ns == 6 << 60
+        assert after.live
+        for blob in list(repository.storage.list_blobs("tests/")):
+            repository.storage.delete(blob.name)
+        await filesystem.refresh()
+        assert len(told) == 2
+        assert filesystem.tree.attributes(inode) == before
 
     run(repository, look)
 

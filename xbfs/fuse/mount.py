@@ -265,9 +265,9 @@ def _tell_kernel(changes: Changes) -> None:
     for directory in changes.grown:
         with suppress(OSError):  # the kernel does not know it
             pyfuse3.invalidate_inode(directory, attr_only=True)
-    for link in changes.turned:
+    for inode in changes.turned:
         with suppress(OSError):
-            pyfuse3.invalidate_inode(link)  # and the target that it keeps
+            pyfuse3.invalidate_inode(inode)  # and the target or text that it keeps
 
 
 def _kernel_options(options: MountOptions) -> set[str]:

@@ -11,12 +11,14 @@ import threading
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 from weakref import WeakValueDictionary
 
 import trio
 
 from xbfs.vfs import inodes
+from xbfs.vfs.boottests import look_for_tests
 from xbfs.vfs.gate import Gate
 from xbfs.vfs.guests.disks import PooledDisk
 from xbfs.vfs.guests.views import GuestOptions, GuestViews
@@ -71,7 +73,7 @@ class ViewOptions:
 
 class Changes(NamedTuple):
     """What is not as the kernel knows it: names that are gone, with their directory, directories with new ones, and
-    links that lead elsewhere."""
+    links and texts that are others."""
 
     gone: Sequence[tuple[int, str]] = ()
     grown: Sequence[int] = ()
@@ -96,6 +98,7 @@ class FileSystem:
         self.options = options
         self.tell: Callable[[Changes], None] = lambda _: None
         self.clock = repository.runtime.clock
+        self._repository = repository
         self._catalog = catalog
         self._gate = Gate(repository.storage, self.clock, deadline_s=options.deadline_s)
         reader = ChunkReader(self._gate, repository.keys, locator)
@@ -174,7 +177,7 @@ class FileSystem:
         return opened
 
     async def refresh(self) -> None:
-        """Look for new restore points and for those that are gone, and tell of them. Raises StorageError."""
+        """Look for restore points and boot tests that are new or gone, and tell of them. Raises StorageError."""
         async with self._refresh_lock:
             before = self.tree.points
             places, fresh = await trio.to_thread.run_sync(
@@ -185,6 +188,7 @@ class FileSystem:
                 self.tree.points = fresh
                 self.guests.drop_all_but(fresh.by_id.keys())
                 self.tell(_changes(before, fresh))
+            await self._refresh_tests()
 
     async def look_again(self) -> None:
         """``refresh`` that never raises: what goes wrong is logged when it begins and shown in the status."""
@@ -218,6 +222,20 @@ class FileSystem:
         self._catalog.refresh()
         points, damaged = self._catalog.points(), self._catalog.damaged()
         return places, None if before.same_as(points, damaged) else Points(points, damaged, before)
+
+    async def _refresh_tests(self) -> None:
+        before, points = self.tree.reports, self.tree.points.by_id
+        look = partial(look_for_tests, self._repository, points, before)
+        self.tree.reports = after = await trio.to_thread.run_sync(
+            look, abandon_on_cancel=True, limiter=self._refresh_limit
+        )
+        other = [
+            inodes.make(points[point_id].owner, inodes.POINT_REPORT)
+            for point_id in (before.keys() | after.keys()) & points.keys()
+            if before.get(point_id) != after.get(point_id)
+        ]
+        if other:
+            self.tell(Changes(turned=other))
 
     def _show_sessions(self, places: Mapping[str, str]) -> None:
         before = self.tree.sessions

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from xbfs.vfs.records import point_record, vm_record
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from xbfs_engine.catalog.restore_point import RestorePoint
 
 
@@ -16,9 +18,12 @@ def vm_json(point: RestorePoint) -> bytes:
     return to_json(vm_record(point))
 
 
-def report_json(point: RestorePoint) -> bytes:
-    """What the run that made the point did, as `xbfs show --json` tells it."""
-    return to_json(point_record(point))
+def report_json(point: RestorePoint, tests: Sequence[dict[str, object]] = (), *, not_shown: int = 0) -> bytes:
+    """What the run that made the point did and what its boot tests found, as `xbfs show --json` tells it.
+
+    ``not_shown``: how many tests there are beside ``tests``.
+    """
+    return to_json(point_record(point) | {"tests": list(tests), "tests_not_shown": not_shown})
 
 
 def to_json(record: object) -> bytes:

@@ -26,6 +26,7 @@ from xbfs_engine.core.ids import PointId
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from xbfs.vfs.boottests import Report
     from xbfs_engine.catalog.restore_point import DiskRecord
 
 Entry = tuple[str, int]
@@ -85,10 +86,12 @@ class ImageFile(NamedTuple):
 
 
 class Tree:
-    """The tree over ``points``. ``status`` and ``metrics`` make the two files that describe the mount itself."""
+    """The tree over ``points`` and the ``reports`` of those that were tested. ``status`` and ``metrics`` make the two files
+    that describe the mount itself."""
 
     def __init__(self, status: Callable[[], bytes], metrics: Callable[[], bytes]) -> None:
         self.points = Points()
+        self.reports: Mapping[PointId, Report] = {}
         self.show_sessions({})
         self._live = {inodes.STATUS: status, inodes.METRICS: metrics}
 
@@ -101,8 +104,8 @@ class Tree:
         """What ``stat`` shows, or None if there is nothing of that number (any more)."""
         text = self.text(inode)
         if text is not None:
-            live = inode in self._live
-            mtime_ns = self.points.newest_ns if live else self._mtime_ns(inode)
+            live = inode in self._live or inodes.split(inode).code == inodes.POINT_REPORT
+            mtime_ns = self.points.newest_ns if inode in self._live else self._mtime_ns(inode)
             return Attributes(inode, Kind.FILE, len(text), len(text), mtime_ns, not live, live)
         target = self.target(inode)
         if target is not None:
@@ -209,7 +212,8 @@ class Tree:
         if code == inodes.POINT_VM:
             return vm_json(shown.point)
         if code == inodes.POINT_REPORT:
-            return report_json(shown.point)
+            report = self.reports.get(shown.point.id)
+            return report_json(shown.point) if report is None else report.text
         found = self._image(inode)
         if found is not None and found.format is ImageFormat.VHD_REFUSED:
             return (vhd_refusal(found.disk) or "").encode()
@@ -299,7 +303,8 @@ class Tree:
             return timed.owner * SECOND_NS
         shown = self.points.owners.get(inodes.split(inode).owner)
         if isinstance(shown, ShownPoint):
-            return shown.point.time_ns
+            report = self.reports.get(shown.point.id) if inodes.split(inode).code == inodes.POINT_REPORT else None
+            return shown.point.time_ns if report is None else report.results[-1].made_ns
         return shown.latest.point.time_ns if isinstance(shown, VmDirectory) else self.points.newest_ns
 
 

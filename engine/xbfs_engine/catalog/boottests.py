@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from xbfs_engine.codec import wire
 from xbfs_engine.codec.envelope import KEY_SIZE, ObjectKind, open_object, seal_object
-from xbfs_engine.core.errors import BlobExists, BlobNotFound, IntegrityError, KeyNotHeld, StorageError
+from xbfs_engine.core.errors import BlobExists, BlobNotFound, FormatTooNew, IntegrityError, KeyNotHeld, StorageError
 from xbfs_engine.core.ids import ID_SIZE, PointId
 from xbfs_engine.core.limits import KIB, MIB
 
@@ -109,6 +109,11 @@ class Listed(NamedTuple):
     name: str
     size_bytes: int
 
+    @property
+    def made_ns(self) -> int:
+        """When it was made, by its name, which anybody with the storage can give it."""
+        return min(int(self.name.rpartition("/")[2]), _TIME_NS_MAX)
+
 
 def put_boot_test(repository: Repository, test: BootTest) -> None:
     """Store a result, durably. Raises KeyNotHeld, StorageError."""
@@ -148,7 +153,7 @@ def boot_tests_of(repository: Repository, point: PointId) -> list[BootTest]:
     """The readable results of a point, the newest last. Raises StorageError."""
     found = []
     for listed in listed_tests(repository.storage, point):
-        with suppress(IntegrityError, BlobNotFound):
+        with suppress(IntegrityError, FormatTooNew, BlobNotFound):
             found.append(read_boot_test(repository, listed))
     return found
 
