@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Final
 
+from xbfs.cli.boot_commit_parsers import add_commit
 from xbfs_engine.core.limits import DISKS_PER_POINT_MAX, GIB, KIB, MIB
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def add_boot(verbs: Verbs) -> None:
     discard.add_argument(
         "--force", action="store_true", help="even while its disks are in use; on a pool: power the VM off"
     )
+    add_commit(boot)
     _add_migrate(boot)
     boot.add(
         "serve",

@@ -17,6 +17,7 @@ from xbfs.control import place, wire
 from xbfs.control.server import ControlServer
 from xbfs.fuse.live import LiveMount
 from xbfs.instant import sessions
+from xbfs.instant.freezing import Freezing
 from xbfs.instant.served import RETRY_S, Served, open_overlays
 from xbfs.instant.session import TREE, Export
 from xbfs.instant.share import Share
@@ -70,6 +71,8 @@ class LiveServer:
         self._share = Share(state.live, state.nfs)
         self._changing = trio.Lock()
         self._nursery: trio.Nursery | None = None
+        self._freezing = Freezing(self.tree, self.served, self._changing, clock)
+        self.handlers |= self._freezing.handlers
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Serve all sessions until SIGTERM, SIGINT, somebody unmounts, or it is not needed. Raises MountError,
@@ -141,6 +144,7 @@ class LiveServer:
     async def _drop(self, name: str, *, force: bool) -> None:
         """Serve a session no more. Raises SessionBusy unless ``force``."""
         served = self.served[name]
+        await self._freezing.let_go(name, force=force)
         if not force:
             await self._wait_until_unused(served)
         await served.stop()

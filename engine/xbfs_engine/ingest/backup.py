@@ -7,13 +7,13 @@ deduplicate against.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from xbfs_engine.catalog.blockmap import NodeStore
 from xbfs_engine.catalog.mapwriter import MapWriter
-from xbfs_engine.catalog.restore_point import DiskRecord, RestorePoint, RunRecord
+from xbfs_engine.catalog.restore_point import DiskRecord, ReadStatistics, RestorePoint, RunRecord
 from xbfs_engine.core.errors import DiskShrunk, NoBasePoint, PointNotFound, UsageError
 from xbfs_engine.core.ids import PointId
 from xbfs_engine.core.limits import LEAF_FANOUT
@@ -28,7 +28,7 @@ from xbfs_engine.store.reader import ChunkReader
 from xbfs_engine.store.session import WriteSession
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
     from xbfs_engine.catalog.catalog import Catalog
     from xbfs_engine.codec.wire import Value
@@ -61,6 +61,8 @@ class DiskJob:
 class BackupRequest:
     """What to back up. ``base``: the point that ``changed`` is relative to; None means the VM's newest.
 
+    ``carried``: by number, disks that are taken over from the base point as they are, and why. ``time_ns``: of what
+    moment the disks are; None means when the run begins.
     ``before_commit``: awaited when all is stored but the manifest; if it raises, there is no point.
     """
 
@@ -74,6 +76,8 @@ class BackupRequest:
     new_chain: bool = False
     threads: int | None = None
     before_commit: Callable[[], Awaitable[None]] | None = None
+    carried: Mapping[int, str] = field(default_factory=dict)
+    time_ns: int | None = None
 
 
 class BackupRun:
@@ -107,6 +111,7 @@ class BackupRun:
         metadata = self._session.metadata_writer()
         jobs = sorted(self._request.disks, key=lambda job: job.number)
         disks = [await self._back_up_disk(job, base, metadata) for job in jobs]
+        disks += [self._carried(base, number, reason) for number, reason in self._request.carried.items()]
         await in_thread(metadata.finish)
         for job in self._request.disks:
             job.source.check_unchanged()
@@ -114,9 +119,9 @@ class BackupRun:
             id=PointId(""),
             vm_uuid=self._request.vm_uuid,
             vm_name=self._request.vm_name,
-            time_ns=self._free_time(started_ns),
+            time_ns=self._free_time(self._request.time_ns or started_ns),
             parent=base.id if base else None,
-            disks=tuple(disks),
+            disks=tuple(sorted(disks, key=lambda disk: disk.number)),
             run=RunRecord(
                 program=self._request.program,
                 node=self._request.node,
@@ -133,8 +138,8 @@ class BackupRun:
         return await in_thread(self._catalog.commit, point)
 
     def _prepare(self) -> None:
-        numbers = [job.number for job in self._request.disks]
-        if not numbers or len(set(numbers)) != len(numbers):
+        numbers = [*(job.number for job in self._request.disks), *self._request.carried]
+        if not self._request.disks or len(set(numbers)) != len(numbers):
             raise UsageError(f"a run needs disks with different numbers, got {numbers}")
         self._catalog.refresh()
         self._index.refresh()
@@ -225,6 +230,13 @@ class BackupRun:
             reason=job.reason,
             statistics=total(counters),
         )
+
+    def _carried(self, base: RestorePoint | None, number: int, reason: str) -> DiskRecord:
+        """A disk of the base point of which nothing is read."""
+        disk = base.disk(number) if base else None
+        if disk is None:
+            raise NoBasePoint(f"disk {number} of {self._request.vm_name!r} is in no earlier point, to be taken over")
+        return replace(disk, method="cbt", reason=reason, statistics=ReadStatistics(0, 0, 0, 0, 0))
 
     def _tell(self, job: DiskJob, planned_bytes: int, counters: Sequence[WorkerCounters]) -> None:
         self._report(
