@@ -55,6 +55,7 @@ def sessions(lab: Lab) -> list[str]:
 
 def test_a_disk_without_a_system_fails_and_the_result_is_kept(lab: Lab) -> None:
     back_up(lab, "empty", b"")
+    assert lab.run("show", "empty@latest", "--screenshot", lab.directory / "none").code == 2
     screen = lab.directory / "screen.png"
     done = lab.run("test", "empty@latest", "--accel", "tcg", "--screenshot", screen, "--json")
     assert done.code == 109, done.err
@@ -62,7 +63,9 @@ def test_a_disk_without_a_system_fails_and_the_result_is_kept(lab: Lab) -> None:
     assert (test["verdict"], test["accelerator"], test["firmware"]) == ("failed", "tcg", "bios")
     assert "bootable" in test["reason"]
     assert screen.read_bytes().startswith(b"\x89PNG")
-    (kept,) = lab.good("show", "empty@latest", "--json").json["tests"]
+    again = lab.directory / "again.png"
+    (kept,) = lab.good("show", "empty@latest", "--screenshot", again, "--json").json["tests"]
+    assert again.read_bytes() == screen.read_bytes()
     assert kept == test
     assert sessions(lab) == []
     assert lab.good("check", "--json").json["healthy"]

@@ -18,7 +18,7 @@ import trio
 import xbfs
 from xbfs.cli import tasks, text
 from xbfs.cli.context import catalog_of, index_of, point_of, repository_of
-from xbfs.cli.points import ID_DIGITS
+from xbfs.cli.points import ID_DIGITS, write_screenshot
 from xbfs.fuse import mountpoint
 from xbfs.instant import client
 from xbfs.instant.boottest.choose import accelerator_that_works, firmware_of, runs_under
@@ -29,7 +29,7 @@ from xbfs.vfs.records import test_record
 from xbfs_engine.catalog.boottests import Verdict, put_boot_test
 from xbfs_engine.catalog.catalog import points_of
 from xbfs_engine.codec.keys import Role
-from xbfs_engine.core.errors import BootTestFailed, InstantError, KeyNotHeld, TargetUnwritable, UsageError, XbfsError
+from xbfs_engine.core.errors import BootTestFailed, InstantError, KeyNotHeld, UsageError, XbfsError
 
 if TYPE_CHECKING:
     import argparse
@@ -153,10 +153,7 @@ class _Tester:
 
     def _tell(self, result: BootTest, point: RestorePoint) -> None:
         if self._arguments.screenshot is not None:
-            try:
-                Path(self._arguments.screenshot).write_bytes(result.screenshot)
-            except OSError as exc:
-                raise TargetUnwritable(f"{self._arguments.screenshot} can not be written: {exc.strerror}") from exc
+            write_screenshot(self._arguments.screenshot, result.screenshot)
         for line in boot_test_lines(result, f"{point.vm_name} as of {text.when(point.time_ns)}"):
             self._output.say(line)
 

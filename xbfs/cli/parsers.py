@@ -206,6 +206,7 @@ def _add_points(verbs: _Verbs) -> None:
     points.add_argument("vm", nargs="?", metavar="VM", help="only those of the VM of this name or uuid")
     show = verbs.add("show", "points:show", "tell all that is known of a restore point", ["xbfs show web@latest"])
     show.add_argument("point", metavar="POINT", help="restore point")
+    show.add_argument("--screenshot", metavar="FILE", help="write the newest screen of a boot test there, as PNG")
     diff = verbs.add(
         "diff",
         "diff:diff",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xbfs.cli import text
@@ -10,6 +11,7 @@ from xbfs.cli.describe import disk_lines, methods, source_bytes
 from xbfs.vfs.records import point_record, test_record, vm_record
 from xbfs_engine.catalog.boottests import boot_tests_of
 from xbfs_engine.catalog.catalog import points_of
+from xbfs_engine.core.errors import TargetUnwritable, UsageError
 
 if TYPE_CHECKING:
     import argparse
@@ -47,12 +49,28 @@ def points(arguments: argparse.Namespace, output: Output) -> None:
         output.say(line)
 
 
+def write_screenshot(file: str, png: bytes) -> None:
+    """Put a screen of a boot test where it is wanted. Raises TargetUnwritable."""
+    try:
+        Path(file).write_bytes(png)
+    except OSError as exc:
+        raise TargetUnwritable(f"{file} can not be written: {exc.strerror}") from exc
+
+
 def show(arguments: argparse.Namespace, output: Output) -> None:
     """Tell all that is known of a restore point."""
     repository = repository_of(arguments)
     point = point_of(catalog_of(repository, output), arguments.point)
     run = point.run
     tests = boot_tests_of(repository, point.id)
+    if arguments.screenshot is not None:
+        newest = next((test.screenshot for test in reversed(tests) if test.screenshot), None)
+        if newest is None:
+            raise UsageError(
+                f"no boot test of restore point {point.id[:ID_DIGITS]} has a screenshot",
+                hint=f"`xbfs test {point.id[:ID_DIGITS]}` makes one",
+            )
+        write_screenshot(arguments.screenshot, newest)
     record = point_record(point) | {"vm": vm_record(point)["vm"]}
     output.result(record | {"tests": [test_record(test) for test in tests]})
     output.say(f"restore point {point.id}")

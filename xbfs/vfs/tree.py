@@ -86,8 +86,10 @@ class ImageFile(NamedTuple):
 
 
 class Tree:
-    """The tree over ``points`` and the ``reports`` of those that were tested. ``status`` and ``metrics`` make the two files
-    that describe the mount itself."""
+    """The tree over ``points`` and the ``reports`` of those that were tested.
+
+    ``status`` and ``metrics`` make the two files that describe the mount itself.
+    """
 
     def __init__(self, status: Callable[[], bytes], metrics: Callable[[], bytes]) -> None:
         self.points = Points()
