@@ -29,7 +29,16 @@ def create(ctx: Context, args: Record) -> Ref:
 @call("PBD.plug", role="pool-operator")
 def plug(ctx: Context, pbd: Ref) -> None:
     """Attach the SR to the host; nothing if it is attached."""
-    ctx.db.set(ctx.db.check("PBD", pbd), currently_attached=True)
+    db = ctx.db
+    sr, host = db.text(db.check("PBD", pbd), "SR"), db.text(pbd, "host")
+    share = storage(ctx).share(sr)
+    if share:
+        share.plug(
+            host, *(db.mapping(*field) for field in ((pbd, "device_config"), (sr, "sm_config"), (sr, "other_config")))
+        )
+    db.set(pbd, currently_attached=True)
+    if share:
+        storage(ctx).refresh(sr)
 
 
 @call("PBD.unplug", role="pool-operator")
@@ -41,6 +50,8 @@ def unplug(ctx: Context, pbd: Ref) -> None:
         busy = [vdi for vdi in db.refs(sr, "VDIs") if host in storage(ctx).user_hosts(vdi)]
         if busy:
             raise Failure("VDI_IN_USE", *busy)
+        if share := storage(ctx).share(sr):
+            share.unplug(host)
         db.set(pbd, currently_attached=False)
 
 

@@ -54,6 +54,8 @@ def introduce(
     """The object of an SR that exists; PBDs are made by the caller, and SR.scan finds its disks."""
     sr = _record(ctx, uuid, name_label, name_description, type_, content_type, shared, sm_config)
     ctx.db.set(sr, physical_size=_UNLIMITED)
+    if type_ == "nfs":
+        storage(ctx).store.introduce(ctx.db.text(sr, "uuid"))
     return sr
 
 
@@ -63,6 +65,7 @@ def forget(ctx: Context, sr: Ref) -> None:
     db = ctx.db
     with db.lock:
         _check_unplugged(ctx, sr)
+        storage(ctx).store.forget(db.text(sr, "uuid"))
         for ref in [*db.refs(sr, "VDIs"), *db.refs(sr, "PBDs"), sr]:
             db.destroy(ref)
 
@@ -83,13 +86,18 @@ def scan(ctx: Context, sr: Ref) -> None:
     manager = storage(ctx)
     if not manager.hosts(ctx.db.check("SR", sr)):
         raise Failure("SR_NOT_ATTACHED" if ctx.db.refs(sr, "PBDs") else "SR_HAS_NO_PBDS", sr)
+    if share := manager.share(sr):
+        manager.store.scan(share)
     manager.refresh(sr, *ctx.db.refs(sr, "VDIs"), scan=True)
 
 
 @call("SR.update", role="pool-operator")
 def update(ctx: Context, sr: Ref) -> None:
     """Bring the figures up to date."""
-    storage(ctx).refresh(ctx.db.check("SR", sr))
+    manager = storage(ctx)
+    if share := manager.share(ctx.db.check("SR", sr)):
+        share.measure()
+    manager.refresh(sr)
 
 
 @call("SR.get_supported_types", role="read-only")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..failures import Failure
 from ..schema import EPOCH, NULL
 from ..storage.kinds import EXTENT, SIZE_MOST, SIZE_STEP
-from ..storage.manager import storage
+from ..storage.manager import MIGRATIONS_MOST, storage
 from ..storage.tracking import backend_failure
 from . import call, wire
 
@@ -51,10 +51,10 @@ def destroy(ctx: Context, vdi: Ref) -> None:
         if manager.users(vdi):
             raise Failure("VDI_IN_USE", vdi, "destroy")
         sr, uuid = db.text(vdi, "SR"), db.text(vdi, "uuid")
+        manager.store.destroy(uuid)
         for vbd in db.refs(vdi, "VBDs"):
             db.destroy(vbd)
         db.destroy(vdi)
-        manager.store.destroy(uuid)
     manager.refresh(sr)
 
 
@@ -82,12 +82,12 @@ def copy(ctx: Context, vdi: Ref, sr: Ref = NULL, base_vdi: Ref = NULL, into_vdi:
     manager.refuse_metadata(vdi)
     if manager.writers(vdi):
         raise Failure("VDI_IN_USE", vdi, "copy")
-    target = into_vdi
-    if target == NULL:
+    target, fresh = into_vdi, into_vdi == NULL
+    if fresh:
         target = ctx.ref("VDI.create", _inherited(ctx, vdi, "virtual_size", "read_only") | {"SR": sr})
     elif db.number(target, "virtual_size") < (size_bytes := db.number(vdi, "virtual_size")):
         raise Failure("VDI_TOO_SMALL", target, str(size_bytes))
-    manager.store.copy(db.text(vdi, "uuid"), db.text(target, "uuid"))
+    _fill(ctx, vdi, target, fresh=fresh)
     manager.refresh(db.text(target, "SR"), target)
     return target
 
@@ -103,15 +103,38 @@ def pool_migrate(ctx: Context, vdi: Ref, sr: Ref, options: dict[str, str]) -> Re
     vbds = manager.users(vdi)
     if not vbds:
         raise Failure("VDI_NEEDS_VM_FOR_MIGRATE", vdi)
-    target = ctx.ref("VDI.create", _inherited(ctx, vdi, "virtual_size", "read_only") | {"SR": sr})
-    manager.store.copy(db.text(vdi, "uuid"), db.text(target, "uuid"))
-    for vbd in vbds:
-        manager.unplug_vbd(vbd)
-        db.set(vbd, VDI=target)
-        manager.plug_vbd(vbd)
-    ctx.invoke("VDI.destroy", vdi)
+    if not manager.migrations.acquire(blocking=False):
+        raise Failure("TOO_MANY_STORAGE_MIGRATES", str(MIGRATIONS_MOST))
+    try:
+        target = ctx.ref("VDI.create", _inherited(ctx, vdi, "virtual_size", "read_only") | {"SR": sr})
+        with manager.store.mirror(db.text(vdi, "uuid"), db.text(target, "uuid")):
+            _fill(ctx, vdi, target, fresh=True)
+            for vbd in vbds:
+                manager.unplug_vbd(vbd)
+                db.set(vbd, VDI=target)
+                manager.plug_vbd(vbd)
+        ctx.invoke("VDI.destroy", vdi)
+    finally:
+        manager.migrations.release()
     manager.refresh(sr, target)
     return target
+
+
+def _fill(ctx: Context, vdi: Ref, target: Ref, *, fresh: bool) -> None:
+    """Copy the bytes, with progress; a target made for it goes again if that fails or is cancelled. Raises Failure."""
+    db, task = ctx.db, ctx.task
+
+    def progress(fraction: float) -> None:
+        if task:
+            task.check()
+            task.progress(fraction)
+
+    try:
+        storage(ctx).store.copy(db.text(vdi, "uuid"), db.text(target, "uuid"), progress)
+    except Failure:
+        if fresh:
+            ctx.invoke("VDI.destroy", target)
+        raise
 
 
 @call("VDI.resize", role="vm-admin")
@@ -124,6 +147,8 @@ def resize(ctx: Context, vdi: Ref, size: int) -> None:
         raise Failure("VDI_IN_USE", vdi, "resize")
     sr, old = db.text(vdi, "SR"), db.number(vdi, "virtual_size")
     node = manager.store.node(db.text(vdi, "uuid"))
+    if manager.share(sr):
+        raise Failure("SR_OPERATION_NOT_SUPPORTED", sr)
     size_bytes = _rounded(size, raw=node.raw, thick=manager.kind(sr).thick)
     if size_bytes < old:
         raise backend_failure(79, "VDI Invalid size [opterr=shrinking not allowed]")

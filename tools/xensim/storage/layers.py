@@ -23,6 +23,8 @@ UNIT: Final = 4096
 """Bytes that are present or absent in a layer as one; sizes of disks are multiples of it."""
 BLOCK: Final = 2 << 20
 """What the BAT of a VHD counts."""
+# A VHD block on disk: bitmap sector and data, aligned by tapdisk to a pitch of 4104 sectors (blktap libvhd.c).
+VHD_PITCH: Final = 4104 * 512
 _COPY_BYTES: Final = 4 << 20
 
 
@@ -85,6 +87,19 @@ class Layer:
                 return
             done += count
 
+    def link(self, uuid: str) -> None:
+        """The layer of a disk becomes that of the base ``uuid`` too; only layers that are files on a share care."""
+
+    def hide(self) -> None:
+        """No disk is the layer any more."""
+
+    def remove(self) -> None:
+        """The disk is destroyed."""
+
+    def stored_bytes(self) -> int:
+        """Bytes the layer would take as a VHD file."""
+        return vhd_overhead(self.size_bytes) + int(self.blocks.sum()) * VHD_PITCH
+
     def absorb(self, other: Layer) -> None:
         """Take over everything ``other`` holds, over what is here."""
         self.grow(other.size_bytes)
@@ -139,6 +154,13 @@ def allocated(layers: Sequence[Layer], size_bytes: int) -> NDArray[np.bool_]:
     for layer in layers:
         found[: len(layer.blocks)] |= layer.blocks
     return found
+
+
+def vhd_overhead(size_bytes: int) -> int:
+    """Headers, BAT and batmap of a VHD, in bytes."""
+    entries = -(-size_bytes // BLOCK)
+    bat_sectors, batmap_sectors = -(-entries * 4 // 512), -(-entries // (8 * 512))
+    return 512 * (2 + 2 + bat_sectors + 1 + batmap_sectors)
 
 
 def _longer(flags: NDArray[np.bool_], length: int) -> NDArray[np.bool_]:

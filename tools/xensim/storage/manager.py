@@ -5,6 +5,7 @@ Any thread may call it. Locks of the store may be taken with the lock of the dat
 
 from __future__ import annotations
 
+import errno
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -13,8 +14,10 @@ from ..failures import Failure
 from ..schema import NULL
 from . import coalesce
 from .kinds import EXTENT, KINDS, Kind
+from .layers import vhd_overhead
 from .nbd import NbdServers
-from .store import DiskStore, Node, vhd_overhead
+from .share import IoFailure, Share
+from .store import DiskStore, Node
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from ..context import Context, World
     from ..schema import Ref
 
+MIGRATIONS_MOST: Final = 3
+"""Disks that move at once in a pool (xen-api, TOO_MANY_STORAGE_MIGRATES)."""
 GC_PERIOD_S: Final = 30.0
 """Simulated seconds between passes of the coalescer."""
 _ALWAYS: Final = ["forget", "update", "generate_config", "force_unlock"]
@@ -48,6 +53,7 @@ class StorageManager:
         self._db = world.db
         self.store = DiskStore(state_dir)
         self.nbd = NbdServers(world, self)
+        self.migrations = threading.Semaphore(MIGRATIONS_MOST)
         self._attached: dict[Ref, Attachment] = {}
         self._closed = threading.Event()
 
@@ -76,6 +82,9 @@ class StorageManager:
             self._check_sharing(vdi, writable=writable, system=system)
             if host not in self.hosts(db.text(vdi, "SR")):
                 raise Failure("SR_NOT_ATTACHED", db.text(vdi, "SR"))
+            node = self.store.find(db.text(vdi, "uuid"))
+            if (share := self.share(db.text(vdi, "SR"))) and not (node and node.raw):
+                share.open_disk(db.text(vdi, "uuid"))
             if writable and not self.writers(vdi):
                 self._activate(vdi)
             self._attached[vbd] = Attachment(vdi, host, writable, system)
@@ -187,6 +196,10 @@ class StorageManager:
         """What the driver of an SR can do."""
         return KINDS[self._db.text(sr, "type")]
 
+    def share(self, sr: Ref) -> Share | None:
+        """The directory of an SR that is a real one."""
+        return self.store.shares.get(self._db.text(sr, "uuid"))
+
     def full_size(self, sr: Ref, size_bytes: int) -> int:
         """What a thick SR sets aside for a disk."""
         return -(-(size_bytes + vhd_overhead(size_bytes)) // EXTENT) * EXTENT if self.kind(sr).thick else 0
@@ -194,6 +207,8 @@ class StorageManager:
     def used(self, sr: Ref) -> int:
         """Bytes in use: thick disks in full; bases, snapshots and thin disks as far as they are written."""
         db, total = self._db, 0
+        if share := self.share(sr):
+            return share.room.used
         thick = self.kind(sr).thick
         for node in self.store.members(db.text(sr, "uuid")):
             if thick and self._inflated(node):
@@ -212,12 +227,14 @@ class StorageManager:
 
         ``scan``: disks without an object get one (bases always do).
         """
-        db = self._db
+        db, share = self._db, self.share(sr)
         with db.lock:
+            if share:
+                db.set(sr, physical_size=share.room.total)
             known = {db.text(vdi, "uuid"): vdi for vdi in db.refs(sr, "VDIs")}
             nodes = {node.uuid: node for node in self.store.members(db.text(sr, "uuid"))}
             for uuid, vdi in known.items():
-                if uuid not in nodes and not db.flag(vdi, "managed"):
+                if uuid not in nodes and (not db.flag(vdi, "managed") or (share and scan)):
                     db.destroy(vdi)
             for uuid, node in nodes.items():
                 if uuid not in known and (scan or node.hidden):
@@ -267,12 +284,14 @@ class StorageManager:
         self.refresh(self._db.text(vdi, "SR"), vdi)
 
     def guest_write(self, vdi: Ref, offset: int, data: bytes) -> None:
-        """Write as the guest would; tracked by CBT."""
-        self.store.write(self._db.text(vdi, "uuid"), offset, data)
+        """Write as the guest would; tracked by CBT. Raises OSError as the guest sees it."""
+        with _errors_of_guests():
+            self.store.write(self._db.text(vdi, "uuid"), offset, data)
 
     def read(self, vdi: Ref, offset: int, length: int) -> bytes:
-        """The bytes of a VDI."""
-        return self.store.read(self._db.text(vdi, "uuid"), offset, length)
+        """The bytes of a VDI. Raises OSError as the guest sees it."""
+        with _errors_of_guests():
+            return self.store.read(self._db.text(vdi, "uuid"), offset, length)
 
     # Coalescing
 
@@ -293,10 +312,20 @@ class StorageManager:
         db = self._db
         with db.lock:
             for sr in db.where("SR", uuid=node.sr):
+                if self.share(sr):  # what lies on a real share is left to whoever exports it
+                    return False
                 config = db.mapping(sr, "other_config")
                 switch = "coalesce" if node.hidden else "leaf-coalesce"
                 return config.get("gc") != "false" and config.get(switch) != "false" and bool(self.hosts(sr))
         return False
+
+
+@contextmanager
+def _errors_of_guests() -> Iterator[None]:
+    try:
+        yield
+    except IoFailure as exc:
+        raise OSError(errno.EIO, exc.params[1]) from exc
 
 
 def storage(ctx: Context) -> StorageManager:

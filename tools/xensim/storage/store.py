@@ -11,21 +11,23 @@ from __future__ import annotations
 import os
 import threading
 import uuid as uuids
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from ..failures import Failure
 from .layers import BLOCK, UNIT, Layer, allocated, copy_range, data_ranges, read_chain
+from .share import Share
 from .tracking import Tracking, backend_failure
+from .vhdfile import SECTOR, RawLayer, VhdLayer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
 
-# A VHD block on disk: bitmap sector and data, aligned by tapdisk to a pitch of 4104 sectors (blktap libvhd.c).
-VHD_PITCH: Final = 4104 * 512
 CHAIN_MOST: Final = 30
 """Layers of a chain beyond which SM refuses to snapshot (vhdutil.MAX_CHAIN_SIZE)."""
 
@@ -54,6 +56,9 @@ class DiskStore:
         self.lock = threading.RLock()
         self.gc_lock = threading.RLock()
         self.nodes: dict[str, Node] = {}
+        self.shares: dict[str, Share] = {}
+        self._made: set[str] = set()
+        self._mirrors: dict[str, str] = {}
         self.tracking = Tracking(lambda uuid: self._place(self._srs[uuid]) / f"{uuid}.cbtlog")
 
     def find(self, uuid: str) -> Node | None:
@@ -90,7 +95,9 @@ class DiskStore:
     def create(self, uuid: str, sr: str, size_bytes: int, *, raw: bool = False) -> Node:
         """An empty disk."""
         with self.lock:
-            node = self.nodes[uuid] = Node(uuid, sr, size_bytes, self._layer(sr, size_bytes), raw=raw)
+            if sr not in self.shares:
+                self._made.add(sr)
+            node = self.nodes[uuid] = Node(uuid, sr, size_bytes, self._layer(uuid, sr, size_bytes), raw=raw)
             self._srs[uuid] = sr
             return node
 
@@ -110,7 +117,9 @@ class DiskStore:
         end = offset_bytes + len(data)
         assert 0 <= offset_bytes <= end <= node.size_bytes, (offset_bytes, end, node.size_bytes)
         with node.lock:
-            before, after = offset_bytes % UNIT, -end % UNIT
+            # A host writes sectors; over a parent whole units are what a file on a share tells apart.
+            unit = SECTOR if node.sr in self.shares and node.parent is None else UNIT
+            before, after = offset_bytes % unit, -end % unit
             if before or after:
                 whole = bytearray(before + len(data) + after)
                 self.read_into(uuid, offset_bytes - before, memoryview(whole))
@@ -119,6 +128,8 @@ class DiskStore:
             elif data:
                 node.layer.write(offset_bytes, data)
             self.tracking.mark(uuid, offset_bytes, len(data))
+            if mirror := self._mirrors.get(uuid):
+                self.write(mirror, offset_bytes, data)
 
     def import_file(self, uuid: str, path: Path) -> None:
         """Fill a disk from a raw image: holes stay holes, nothing is tracked. Raises Failure VDI_MISSING."""
@@ -150,23 +161,75 @@ class DiskStore:
             base = None
             if not node.layer.empty or node.parent is None:
                 base = Node(str(uuids.uuid4()), node.sr, node.size_bytes, node.layer, node.parent, hidden=True)
+                base.layer.link(base.uuid)
                 self.nodes[base.uuid] = base
-                node.layer, node.parent = self._layer(node.sr, node.size_bytes), base
-            layer = self._layer(node.sr, node.size_bytes)
+                node.layer, node.parent = self._layer(uuid, node.sr, node.size_bytes, base.layer), base
+                base.layer.hide()
+            layer = self._layer(new_uuid, node.sr, node.size_bytes, node.parent.layer if node.parent else None)
             self.nodes[new_uuid] = Node(new_uuid, node.sr, node.size_bytes, layer, node.parent)
             self._srs[new_uuid] = node.sr
             if tracked:
                 self.tracking.rotate(uuid, new_uuid)
             return base
 
-    def copy(self, uuid: str, target: str) -> None:
-        """Write the content of a disk into another that is at least as long."""
-        layers, size_bytes = self.chain(self.node(uuid)), self.node(uuid).size_bytes
-        for index in allocated(layers, size_bytes).nonzero()[0].tolist():
+    def copy(self, uuid: str, target: str, progress: Callable[[float], None] = lambda _: None) -> None:
+        """Write the content of a disk into another that is at least as long; ``progress`` is told how much is done."""
+        node = self.node(uuid)
+        blocks = allocated(self.chain(node), node.size_bytes).nonzero()[0].tolist()
+        for done, index in enumerate(blocks):
             start = index * BLOCK
-            data = bytearray(min(BLOCK, size_bytes - start))
-            read_chain(layers, start, memoryview(data))
-            self.write(target, start, memoryview(data))
+            data = bytearray(min(BLOCK, node.size_bytes - start))
+            with node.lock:  # a mirror has either got a write from here, or gets it afterwards
+                read_chain(self.chain(node), start, memoryview(data))
+                self.write(target, start, memoryview(data))
+            progress((done + 1) / len(blocks))
+
+    @contextmanager
+    def mirror(self, uuid: str, target: str) -> Iterator[None]:
+        """As long as it lasts, what is written to a disk is written to another too."""
+        node = self.node(uuid)
+        with node.lock:
+            self._mirrors[uuid] = target
+        try:
+            yield
+        finally:
+            with node.lock:
+                del self._mirrors[uuid]
+
+    # Shares
+
+    def introduce(self, sr: str) -> Share | None:
+        """The share of an SR that somebody else has prepared; None if the SR is one of ours."""
+        with self.lock:
+            if sr in self._made:
+                return None
+            return self.shares.setdefault(sr, Share(sr, self._dir / f"share-{sr}"))
+
+    def scan(self, share: Share) -> None:
+        """Take over the disks that are in a share now. Raises Failure SR_BACKEND_FAILURE_40."""
+        with ExitStack() as still:
+            for node in self.members(share.sr):
+                still.enter_context(node.lock)
+            found = share.scan()
+            still.enter_context(self.lock)
+            for uuid in [node.uuid for node in self.members(share.sr) if node.uuid not in found]:
+                del self.nodes[uuid]
+            for uuid, layer in found.items():
+                known = self.nodes.get(uuid)
+                node = known or Node(uuid, share.sr, layer.size_bytes, layer, raw=isinstance(layer, RawLayer))
+                node.layer, node.size_bytes, node.hidden = layer, layer.size_bytes, layer.hidden
+                self.nodes[uuid], self._srs[uuid] = node, share.sr
+            for uuid, layer in found.items():
+                self.nodes[uuid].parent = self.nodes[layer.parent] if layer.parent else None
+
+    def forget(self, sr: str) -> None:
+        """A share is known no more; its files stay."""
+        with self.lock:
+            share = self.shares.pop(sr, None)
+            if share is not None:
+                share.close()
+                for node in self.members(sr):
+                    del self.nodes[node.uuid]
 
     def resize(self, uuid: str, size_bytes: int) -> None:
         """Grow a disk. Raises Failure VDI_MISSING."""
@@ -180,6 +243,7 @@ class DiskStore:
         """Remove a disk; its log stays, and bases it leaves behind are for the coalescer."""
         node = self.node(uuid)
         with node.lock, self.lock:
+            node.layer.remove()
             del self.nodes[uuid]
 
     def destroy(self, uuid: str) -> None:
@@ -206,21 +270,16 @@ class DiskStore:
         return allocated(layers, node.size_bytes)
 
     def utilisation(self, node: Node) -> int:
-        """Bytes the layer of a node would take as a VHD file."""
-        return vhd_overhead(node.size_bytes) + int(node.layer.blocks.sum()) * VHD_PITCH
+        """Bytes the layer of a node takes, or would take, as a VHD file."""
+        return node.layer.stored_bytes()
 
     def _place(self, sr: str) -> Path:
         path = self._dir / f"sr-{sr}"
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def _layer(self, sr: str, size_bytes: int) -> Layer:
+    def _layer(self, uuid: str, sr: str, size_bytes: int, parent: Layer | None = None) -> Layer:
+        if share := self.shares.get(sr):
+            return share.create(uuid, size_bytes, parent if isinstance(parent, VhdLayer) else None)
         self._names += 1
         return Layer(self._place(sr) / f"layer-{self._names}", size_bytes)
-
-
-def vhd_overhead(size_bytes: int) -> int:
-    """Headers, BAT and batmap of a VHD, in bytes."""
-    entries = -(-size_bytes // BLOCK)
-    bat_sectors, batmap_sectors = -(-entries * 4 // 512), -(-entries // (8 * 512))
-    return 512 * (2 + 2 + bat_sectors + 1 + batmap_sectors)

@@ -143,7 +143,7 @@ def _data_at(entries: int) -> int:
 
 
 def _footer(size_bytes: int, kind: int, identity: Identity) -> bytes:
-    return _summed(
+    return summed(
         _FOOTER.pack(
             b"conectix",
             2,
@@ -155,7 +155,7 @@ def _footer(size_bytes: int, kind: int, identity: Identity) -> bytes:
             bytes(4),
             size_bytes,
             size_bytes,
-            _geometry(size_bytes // SECTOR),
+            geometry(size_bytes // SECTOR),
             kind,
             0,
             identity.uuid,
@@ -181,21 +181,22 @@ def _header(entries: int, parent: Identity | None) -> bytes:
         0,
         name.encode("utf-16-be"),
     )
-    return _summed(packed, _HEADER_CHECKSUM)
+    return summed(packed, _HEADER_CHECKSUM)
 
 
-def _summed(packed: bytes, at: int) -> bytes:
+def summed(packed: bytes, at: int) -> bytes:
+    """A record with its checksum, which stands at ``at``."""
     return packed[:at] + struct.pack(">I", ~sum(packed) & 0xFFFFFFFF) + packed[at + 4 :]
 
 
 def _checked(layout: struct.Struct, packed: bytes, at: int, cookie: bytes) -> tuple[int, ...]:
     plain = packed[:at] + bytes(4) + packed[at + 4 :]
-    if packed[:8] != cookie or _summed(plain, at) != packed:
+    if packed[:8] != cookie or summed(plain, at) != packed:
         raise Malformed(f"no {cookie.decode()} record")
     return layout.unpack(packed)
 
 
-def _geometry(sectors: int) -> int:
+def geometry(sectors: int) -> int:
     """Cylinders, heads, sectors per track (Microsoft, Virtual Hard Disk Image Format Specification, appendix)."""
     sectors = min(sectors, 65535 * 16 * 255)
     if sectors >= 65535 * 16 * 63:
