@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import trio
 
 from tests.support.boot_world import BootWorld, boot_world, wait_until
 from tests.support.cli import COMMAND, MIB, Done
 from tests.support.runtime import SeededRandom
+from xbfs_engine.core.runtime import Runtime, SystemClock, SystemRandom
+from xbfs_engine.source.xapi.ledger import Ledgers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -214,6 +217,22 @@ def test_what_can_not_be_committed_is_refused(world: BootWorld) -> None:
     assert world.run("boot", "commit", "shrunk").code == 108
     assert world.run("boot", "commit", "shrunk", "--dry-run").code == 108
     assert len(points(world, "db")) == before
+
+
+def test_a_vm_that_is_backed_up_is_not_committed_at_the_same_time(world: BootWorld) -> None:
+    begin(world, "late", "--disk", "1")
+    pool = Ledgers(world.directory / "s/pools/prod/runs", Runtime(SystemClock(), SystemRandom()))
+    vm_uuid = points(world, "db")[0]["vm_uuid"]
+
+    async def in_its_turn() -> Done:
+        async with pool.turn(vm_uuid) as is_ours:
+            assert is_ours
+            return await trio.to_thread.run_sync(world.run, "boot", "commit", "late")
+
+    before = len(points(world, "db"))
+    assert trio.run(in_its_turn).code == 108
+    assert len(points(world, "db")) == before
+    assert committed(world, "late")["point"]["vm_uuid"] == vm_uuid
 
 
 def frozen(world: BootWorld) -> list[str]:

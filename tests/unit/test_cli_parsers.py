@@ -42,7 +42,7 @@ def test_the_verbs_are_those_of_the_product() -> None:
         *("init", "key list", "key add", "key remove", "backup image", "backup vm", "points", "show"),
         *("diff", "check", "verify", "export", "mount", "umount", "unlock", "index", "find", "history", "get"),
         *("pool add", "pool list", "pool remove", "pool trust", "pool check", "pool sweep", "restore", "rewind"),
-        *("boot start", "boot list", "boot migrate", "boot discard", "boot serve", "test"),
+        *("boot start", "boot list", "boot commit", "boot migrate", "boot discard", "boot serve", "test"),
     }
 
 
