@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ADDRESS = "10.99.0.1"
 """Of this machine in the private network: nfs-ganesha does not bind to 127.0.0.1 where there is no other address."""
-_NEWNS, _NEWNET = 0x00020000, 0x40000000
+_FS, _NEWNS, _NEWNET = 0x00000200, 0x00020000, 0x40000000
 _PRIVATE = 0x4000 | 0x40000  # MS_REC | MS_PRIVATE
 _DEADLINE_S = 20
 
@@ -57,6 +57,8 @@ def private_network(*, with_rpcbind: bool = True) -> Iterator[str]:
         if rpcbind is not None:
             rpcbind.kill()
             rpcbind.wait()
+        # Threads that were started in here share this one's working directory: then the kernel keeps it from leaving.
+        call(libc.unshare(_FS))
         for descriptor in before:
             call(libc.setns(descriptor, 0))
             os.close(descriptor)
