@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -20,8 +21,9 @@ from tests.support.export_lab import Exported, children, wait_until
 from tests.support.live_mounts import SESSION
 from tests.support.nfs_client import NfsClient, needs_libnfs
 from tests.support.nfs_network import needs_ganesha, private_network
+from xbfs.instant.share import Share
 from xbfs.serve.device import _file_system as file_system
-from xbfs.serve.nfs import NfsExport, serve_nfs
+from xbfs.serve.nfs import NfsExport, NfsPlace, change_clients, serve_nfs
 from xbfs_engine.core.errors import ExportFailed
 
 if TYPE_CHECKING:
@@ -284,6 +286,65 @@ def test_nobody_else_may_mount(network: str, tmp_path: Path) -> None:
             for version, port in ((3, place.port), (4, place.port)):
                 with pytest.raises(OSError, match=r"mount|ACCESS|PERM|NOENT|not available|Lookup"):
                     NfsClient(network, place.path("s"), version=version, port=port, mount_port=20591).listing()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_clients_change_while_it_runs(network: str, tmp_path: Path) -> None:
+    (tmp_path / "files" / "s").mkdir(parents=True)
+    others = ("192.0.2.7/32",)
+    export = NfsExport(tmp_path / "files", tmp_path / "state", network, 20590, others, 20591)
+
+    def mounted(place: NfsPlace, version: int) -> NfsClient:
+        return NfsClient(network, place.path("s"), version=version, port=20590, mount_port=20591)
+
+    def refused(place: NfsPlace) -> None:
+        for version in (3, 4):
+            with pytest.raises(OSError, match=r"mount|ACCESS|PERM|NOENT|not available|Lookup"):
+                mounted(place, version).listing()
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            place = await nursery.start(serve_nfs, export)
+            running = children(os.getpid(), "ganesha.nfsd")
+            refused(place)
+            await change_clients(replace(export, clients=(*others, f"{network}/32")))
+            for version in (3, 4):
+                with mounted(place, version) as client, client.open("/x", os.O_RDWR | os.O_CREAT) as file:
+                    file.write(0, b"before")
+                    await change_clients(replace(export, clients=(f"{network}/32",)))
+                    assert file.read(0, 6) == b"before"
+                    file.write(6, b"after")
+                    file.sync()
+                    await change_clients(replace(export, clients=(*others, f"{network}/32")))
+            await change_clients(export)
+            refused(place)
+            assert children(os.getpid(), "ganesha.nfsd") == running
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert (tmp_path / "files/s/x").read_bytes() == b"beforeafter"
+
+
+def test_sessions_with_other_clients_leave_the_server_running(network: str, tmp_path: Path) -> None:
+    (tmp_path / "live" / "s").mkdir(parents=True)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            share = Share(tmp_path / "live", tmp_path / "state")
+            await nursery.start(share.run)
+            await share.settle([f"{network}/32"])
+            running = children(os.getpid(), "ganesha.nfsd")
+            for clients in ((f"{network}/32", "192.0.2.0/24"), (f"{network}/32",), ("192.0.2.7/32", f"{network}/32")):
+                await share.settle(clients)
+                assert children(os.getpid(), "ganesha.nfsd") == running
+                assert share.place is not None
+                with NfsClient(network, share.place.path("s"), version=3) as client:
+                    assert client.listing() is not None
+            await share.settle([])
+            assert share.place is None
+            assert children(os.getpid(), "ganesha.nfsd") == []
             nursery.cancel_scope.cancel()
 
     trio.run(main)

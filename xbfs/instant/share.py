@@ -1,7 +1,7 @@
 """The one NFS server of all sessions that want one: on while there are any, for the clients of all of them.
 
-Event-loop thread only. nfs-ganesha is told its clients when it starts, so it starts anew when they change; clients
-wait for that as they do for a server that crashed.
+Event-loop thread only. nfs-ganesha takes other clients while it runs. It starts anew only when it has to listen further
+than before: the first client that is not this machine; others wait for that as they do for a server that crashed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
-from xbfs.serve.nfs import NfsExport, serve_nfs
+from xbfs.serve.nfs import NfsExport, change_clients, serve_nfs
 from xbfs_engine.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -60,6 +60,11 @@ class Share:
         wanted = tuple(sorted(set(clients)))
         async with self._lock:
             if wanted == (() if self._running is None else self._running.clients):
+                return
+            if self._running is not None and wanted and _address(wanted) == self._running.place.address:
+                export = NfsExport(self._directory, self._state, _address(wanted), clients=wanted)
+                await change_clients(export)
+                self._running = self._running._replace(clients=wanted)
                 return
             if self._running is not None:
                 self._running.scope.cancel()

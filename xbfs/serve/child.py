@@ -50,6 +50,7 @@ class Program:
     ``package``: Debian's, told if it is missing.
     ``directory``: what it serves; the program is started anew if another file system is mounted there.
     ``hint`` of the last lines of its log: what to do about them, "" if nothing is known.
+    ``settings``: a file that it reads again at SIGHUP, which it gets when the file is replaced.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Program:
     directory: Path
     log: Path
     hint: Callable[[str], str]
+    settings: Path | None = None
 
 
 async def keep_running(
@@ -84,6 +86,7 @@ async def keep_running(
 
 async def _run(program: Program, is_ready: Callable[[], Awaitable[bool]], started: Callable[[], None] | None) -> float:
     """Once, until it ended or has to; returns for how many seconds it served. Raises ExportFailed if it never did."""
+    settings = _version(program.settings)
     child = _start(program)
     try:
         with trio.move_on_after(START_DEADLINE_S) as deadline:
@@ -94,15 +97,15 @@ async def _run(program: Program, is_ready: Callable[[], Awaitable[bool]], starte
         if started is not None:
             started()
         begin = trio.current_time()
-        await _watch(child, program)
+        await _watch(child, program, settings)
         return trio.current_time() - begin
     finally:
         with trio.CancelScope(shield=True):
             await _stop(child)
 
 
-async def _watch(child: subprocess.Popen[bytes], program: Program) -> None:
-    """Until it ended, or what it serves has gone: then its descriptors are dead."""
+async def _watch(child: subprocess.Popen[bytes], program: Program, settings: tuple[int, int] | None) -> None:
+    """Until it ended, or what it serves has gone: then its descriptors are dead. It knows that version of settings."""
     mounted = await _device(program.directory)
     while child.poll() is None:
         with trio.move_on_after(_WATCH_S):
@@ -110,6 +113,9 @@ async def _watch(child: subprocess.Popen[bytes], program: Program) -> None:
         if await _device(program.directory) != mounted:
             _log.warning("export_of_what_is_gone", program=program.name, directory=str(program.directory))
             return
+        if _version(program.settings) != settings:
+            settings = _version(program.settings)
+            child.send_signal(signal.SIGHUP)
     _log.warning("export_ended", program=program.name, status=child.returncode, log=str(program.log))
 
 
@@ -159,6 +165,15 @@ async def _stop(child: subprocess.Popen[bytes]) -> None:
             await _ended(child)
     if child.poll() is None:
         _log.error("export_can_not_be_ended", pid=child.pid)  # in a call of the kernel that does not return
+
+
+def _version(settings: Path | None) -> tuple[int, int] | None:
+    """Another one when the file was replaced; None if there is none."""
+    with suppress(OSError):
+        if settings is not None:
+            status = settings.stat()
+            return status.st_ino, status.st_mtime_ns
+    return None
 
 
 async def _device(directory: Path) -> int | None:

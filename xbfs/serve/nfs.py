@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -31,6 +32,13 @@ _NULL: Final = struct.pack(">11I", 0x80000028, 0x58424653, 0, 2, 100003, 3, 0, 0
 """One fragment of 40 bytes (RFC 5531 §11): a call of procedure 0 of NFSv3 (RFC 1813 §3.3.0), no credentials."""
 _PACKAGES: Final = "nfs-ganesha nfs-ganesha-vfs rpcbind"
 _TAKEN: Final = "another NFS server has it: stop nfs-kernel-server, or the live server of the other repository"
+_LOG: Final = "ganesha.log"
+_REREAD: Final = b"Reread exports complete"
+"""What ganesha 4.3 logs when it has done what SIGHUP asks for (reread_exports in support/exports.c)."""
+_REREAD_S: Final = 5.0
+"""It is told within 1 s (``keep_running``); one that just starts reads all anyway."""
+_POLL_S: Final = 0.05
+_LOG_READ_BYTES: Final = 1 << 20
 _UNQUOTABLE: Final = frozenset('"\\\n\r')
 
 
@@ -72,13 +80,7 @@ async def serve_nfs(
     export: NfsExport, *, task_status: trio.TaskStatus[NfsPlace] = trio.TASK_STATUS_IGNORED, clock: Clock | None = None
 ) -> None:
     """Export until cancelled; started with the place once clients can mount. Raises ExportFailed before that."""
-    recovery, settings = export.state / "recovery", export.state / "ganesha.conf"
-    try:
-        make_directories(recovery)
-        write_replace(settings, [_configuration(export, recovery).encode()])
-    except StorageError as exc:
-        raise ExportFailed(f"the state of the NFS export can not be kept: {exc}", hint=exc.hint) from exc
-    log = export.state / "ganesha.log"
+    settings, log = _configure(export), export.state / _LOG
 
     def arguments() -> tuple[str, ...]:
         for port in (export.port, export.mount_port):
@@ -87,10 +89,43 @@ async def serve_nfs(
         files = ("-f", str(settings), "-L", "/dev/stderr", "-p", str(export.state / "ganesha.pid"))
         return ("-F", *files, "-N", "NIV_EVENT", "-E", str(start))
 
-    program = Program("ganesha.nfsd", arguments, _PACKAGES, export.directory, log, _hint)
+    program = Program("ganesha.nfsd", arguments, _PACKAGES, export.directory, log, _hint, settings)
     place = NfsPlace(export.address, export.port, export.mount_port)
     is_ready = partial(answers, export.address, export.port, say=_NULL)
     await keep_running(program, is_ready, started=lambda: task_status.started(place))
+
+
+async def change_clients(export: NfsExport) -> None:
+    """Have a server that was started for the same export, but for its clients, serve these. It goes on meanwhile.
+
+    Raises ExportFailed.
+    """
+    log, before = export.state / _LOG, 0
+    with suppress(OSError):  # without its log nobody knows when it has: then it gets all the time it may need
+        before = log.stat().st_size
+    _configure(export)
+    with trio.move_on_after(_REREAD_S):
+        while _REREAD not in _since(log, before):  # noqa: ASYNC110 - it tells nobody
+            await trio.sleep(_POLL_S)
+
+
+def _since(log: Path, size_bytes: int) -> bytes:
+    """What a log got since it had that size, nothing if it can not be read."""
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(size_bytes)
+        return file.read(_LOG_READ_BYTES)
+    return b""
+
+
+def _configure(export: NfsExport) -> Path:
+    """Write the configuration; where it is. Raises ExportFailed."""
+    recovery, settings = export.state / "recovery", export.state / "ganesha.conf"
+    try:
+        make_directories(recovery)
+        write_replace(settings, [_configuration(export, recovery).encode()])
+    except StorageError as exc:
+        raise ExportFailed(f"the state of the NFS export can not be kept: {exc}", hint=exc.hint) from exc
+    return settings
 
 
 def _configuration(export: NfsExport, recovery: Path) -> str:
