@@ -12,6 +12,7 @@ import trio
 from tests.support.disks import MemoryDisk
 from tests.support.engine import CHUNK, LEAF, Engine, MemorySource, pattern
 from tests.support.runtime import FixedClock
+from xbfs.instant.bases import Bases
 from xbfs.instant.commit import _without_bases
 from xbfs.instant.freezing import Freezing, changed_of
 from xbfs.instant.served import Served
@@ -20,7 +21,6 @@ from xbfs.vfs.live.frozen import TOP
 from xbfs.vfs.live.tree import LiveTree
 from xbfs.view.overlay import create_overlay
 from xbfs_engine.core.errors import (
-    CommitRefused,
     NoBasePoint,
     SessionBusy,
     SessionNotFound,
@@ -90,15 +90,15 @@ def test_the_next_backup_from_the_pool_has_no_snapshot_to_compare_with() -> None
 
 
 class Bench:
-    """A session of one disk of ``kind``, and who freezes it."""
+    """A session of one disk, and who freezes it."""
 
-    def __init__(self, directory: Path, kind: DiskFormat = DiskFormat.RAW) -> None:
+    def __init__(self, directory: Path, bases: Bases) -> None:
         self.overlay: Overlay = create_overlay(directory / "o", MemoryDisk.full(SIZE), identity=b"test")
-        disk = SessionDisk(3, kind, "3.raw")
+        disk = SessionDisk(3, DiskFormat.RAW, "3.raw")
         session = Session("one", PointId("ab"), "web", 1, Export.FILE, (disk,))
         self.served = {"one": Served(session, directory, directory / "live/one", {"3": self.overlay})}
         self.tree = LiveTree(FixedClock())
-        self.freezing = Freezing(self.tree, self.served, trio.Lock(), FixedClock())
+        self.freezing = Freezing(self.tree, self.served, bases, trio.Lock(), FixedClock())
 
     async def ask(self, verb: str, connection: AsyncExitStack) -> object:
         return await self.freezing.handlers[verb]({"name": "one"}, connection)
@@ -114,8 +114,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    bench = Bench(tmp_path)
+def bench(tmp_path: Path, engine: Engine) -> Iterator[Bench]:
+    bench = Bench(tmp_path, Bases(engine.repository, engine.catalog, engine.index))
     yield bench
     bench.overlay.close()
 
@@ -180,17 +180,5 @@ def test_who_asks_is_told_what_broke_the_freeze(bench: Bench) -> None:
                 await bench.ask("frozen", connection)
             with pytest.raises(StorageError):
                 bench.shown()
-
-    trio.run(work)
-
-
-def test_a_vhd_is_refused(tmp_path: Path) -> None:
-    async def work() -> None:
-        bench = Bench(tmp_path, DiskFormat.VHD)
-        with bench.overlay:
-            async with AsyncExitStack() as connection:
-                with pytest.raises(CommitRefused):
-                    await bench.ask("freeze", connection)
-            assert bench.shown() == {}
 
     trio.run(work)

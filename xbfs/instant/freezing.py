@@ -1,12 +1,13 @@
 """The server's part of a commit: a session's disks as they are at one moment, shown for as long as somebody asks.
 
 ``freeze`` shows ``<live>/.frozen/<session>/<number>.raw``, the guest's disk, and ``<number>.changed``, which of its
-bytes are not the restore point's. It ends with the connection that asked for it: a command that is killed leaves no
-frozen disk behind. Event-loop thread only.
+bytes are not the restore point's; also of disks that are VHDs, unless a host has made snapshots of them. It ends with
+the connection that asked for it: a command that is killed leaves no frozen disk behind. Event-loop thread only.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 from contextlib import AsyncExitStack, ExitStack
 from functools import partial
@@ -15,8 +16,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import trio
 
 from xbfs.control import wire
-from xbfs.instant.session import DiskFormat
+from xbfs.instant.session import TREE, DiskFormat
+from xbfs.instant.vhd_disk import VhdDisk
 from xbfs.vfs.live.frozen import NAME
+from xbfs.vfs.live.stubs import stub_keys
 from xbfs.view.overlay import freeze_all
 from xbfs.view.synthetic import SyntheticImage
 from xbfs_engine.core.errors import CommitRefused, SessionBusy, SessionNotFound
@@ -26,15 +29,20 @@ from xbfs_engine.ingest.planner import chunk_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     from xbfs.control.server import Handler
+    from xbfs.instant.bases import Bases
     from xbfs.instant.served import Served
+    from xbfs.instant.session import Session
     from xbfs.vfs.live.tree import LiveTree
     from xbfs.view.base import RandomAccess
     from xbfs.view.overlay import FrozenOverlay
     from xbfs_engine.core.runtime import Clock
     from xbfs_engine.formats.segments import Segment
     from xbfs_engine.source.base import Extent
+
+    _Disk = FrozenOverlay | VhdDisk
 
 EXTENT: Final = struct.Struct("<QQ")
 """Offset and length in bytes: the records of a ``.changed`` file, ascending, disjoint, of whole chunks of the smallest
@@ -50,12 +58,15 @@ class _Frozen(NamedTuple):
 
 
 class Freezing:
-    """What is frozen of the sessions ``served``. ``changing`` is held by whoever begins or ends one."""
+    """What is frozen of the sessions ``served``, over ``bases``. ``changing`` is held by whoever begins or ends one."""
 
-    def __init__(self, tree: LiveTree, served: Mapping[str, Served], changing: trio.Lock, clock: Clock) -> None:
+    def __init__(
+        self, tree: LiveTree, served: Mapping[str, Served], bases: Bases, changing: trio.Lock, clock: Clock
+    ) -> None:
         self.handlers: dict[str, Handler] = {"freeze": self._on_freeze, "frozen": self._on_frozen}
         self._tree = tree
         self._served = served
+        self._bases = bases
         self._changing = changing
         self._clock = clock
         self._frozen: dict[str, _Frozen] = {}
@@ -78,17 +89,12 @@ class Freezing:
                 raise SessionNotFound(f"session {name} is not served", hint="`xbfs boot list` says why")
             if name in self._frozen:
                 raise SessionBusy(f"session {name} is being committed", hint="wait until that commit has ended")
-            _refuse_formats(served)
-            keys = list(served.overlays)
             disks = await trio.to_thread.run_sync(freeze_all, list(served.overlays.values()))
             # Later than all that is in the disks.
             time_ns = self._clock.now_ns()
             frozen = self._frozen[name] = _Frozen(name, tuple(disks), trio.Lock())
             undone.push_async_callback(self._thaw, frozen)
-            images: dict[str, RandomAccess] = {}
-            for key, disk in zip(keys, disks, strict=True):
-                images[f"{key}.raw"] = disk
-                images[f"{key}.changed"] = _bytes_image(await trio.to_thread.run_sync(_changed, disk), disk)
+            images = await trio.to_thread.run_sync(self._images, served, dict(zip(served.overlays, disks, strict=True)))
             self._tree.show_images(name, images)
             shown = served.shown.parent / NAME.decode() / name
             return {"directory": str(shown), "time_ns": time_ns}
@@ -102,6 +108,23 @@ class Freezing:
         for disk in frozen.disks:
             await trio.to_thread.run_sync(partial(disk.read_at, 0, 0))
         return None
+
+    def _images(self, served: Served, frozen: Mapping[str, FrozenOverlay]) -> dict[str, RandomAccess]:
+        """The files that are shown of frozen disks, by name. In a thread; raises CommitRefused, IntegrityError."""
+        session = served.session
+        # Now that they are frozen: snapshots that are made from here on are none of these disks'.
+        _refuse_snapshots(session, served.directory / TREE)
+        images: dict[str, RandomAccess] = {}
+        for disk in session.disks:
+            image: _Disk = frozen[disk.key]
+            if disk.format is DiskFormat.VHD:
+                base = self._bases.of(session)[disk.key]
+                record = self._bases.point(session.point).disk(disk.number)
+                assert record is not None, "it was there when the session was opened"
+                image = VhdDisk(image, image.changed_extents, base, record.size_bytes)
+            images[f"{disk.key}.raw"] = image
+            images[f"{disk.key}.changed"] = SyntheticImage(_Content(_changed(image)), image)
+        return images
 
     async def _thaw(self, frozen: _Frozen) -> None:
         """Once; who asks again waits for that."""
@@ -118,7 +141,7 @@ def changed_of(content: bytes) -> list[Extent]:
     return [(offset, length) for offset, length in EXTENT.iter_unpack(content)]
 
 
-def _changed(disk: FrozenOverlay) -> bytes:
+def _changed(disk: _Disk) -> bytes:
     """The content of a ``.changed`` file. May block."""
     extents = ((region.offset, region.length) for region in disk.changed_extents())
     packed = bytearray()
@@ -145,18 +168,25 @@ class _Content(NamedTuple):
             yield Literal(found)
 
 
-def _bytes_image(data: bytes, disk: RandomAccess) -> SyntheticImage:
-    return SyntheticImage(_Content(data), disk)
-
-
-def _refuse_formats(served: Served) -> None:
-    for disk in served.session.disks:
-        if disk.format is not DiskFormat.RAW:
-            raise CommitRefused(
-                f"disk {disk.number} of session {served.session.name} is shown as a {disk.format.upper()}: "
-                "only sessions of raw disks can be committed",
-                hint="begin the session with --format raw",
-            )
+def _refuse_snapshots(session: Session, tree: Path) -> None:
+    """A host that makes a snapshot renames the VHD, and puts another beside it that holds what is written since."""
+    wanted = {disk.key: disk.path for disk in session.disks if disk.format is DiskFormat.VHD}
+    if not wanted:
+        return
+    places = stub_keys(tree)
+    names = [
+        os.path.relpath(os.path.join(directory, file), tree)  # noqa: PTH118 - of many files
+        for directory, _, files in os.walk(tree)
+        for file in files
+    ]
+    foreign = sorted(name for name in names if name.endswith(".vhd") and name not in wanted.values())
+    moved = sorted(path for key, path in wanted.items() if places.get(key) != [path])
+    if moved or foreign:
+        raise CommitRefused(
+            f"a host has made snapshots of disks of session {session.name}: {(moved or foreign)[0]} "
+            + ("is not the disk that the session began with" if moved else "lies beside them"),
+            hint="delete the VM's snapshots in XenServer, wait until they have coalesced, then run again",
+        )
 
 
 def _close(disks: tuple[FrozenOverlay, ...]) -> None:

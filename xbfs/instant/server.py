@@ -71,7 +71,7 @@ class LiveServer:
         self._share = Share(state.live, state.nfs)
         self._changing = trio.Lock()
         self._nursery: trio.Nursery | None = None
-        self._freezing = Freezing(self.tree, self.served, self._changing, clock)
+        self._freezing = Freezing(self.tree, self.served, bases, self._changing, clock)
         self.handlers |= self._freezing.handlers
 
     async def run(self, ready: Callable[[], None]) -> None:
