@@ -125,6 +125,8 @@ def _fill(ctx: Context, vdi: Ref, target: Ref, *, fresh: bool) -> None:
     db, task = ctx.db, ctx.task
 
     def progress(fraction: float) -> None:
+        if fault := ctx.world.faults.take("storage.copy", vdi):
+            fault.before(ctx.world.clock)
         if task:
             task.check()
             task.progress(fraction)

@@ -31,6 +31,8 @@ NFS_PORT: Final = 2049
 _CONNECT_S: Final = 2.0
 _TIMEOUT_DS: Final = 200
 """SR.other_config:nfs-timeout where nobody set it, in tenths of a second."""
+_READ_BYTES: Final = 64 << 10
+"""What libnfs reads by one call of either version."""
 _JOURNAL: Final = "filelog.txt"
 
 
@@ -73,14 +75,16 @@ class Share:
         with self._lock:
             if host in self._mounts:
                 return
-            client = _mount(server, directory, version, int(other.get("nfs-timeout", _TIMEOUT_DS)) / 10)
+            _knock(server)
+            # libnfs gives all clients of a process the same name, and the server of NFSv4 ends the elder's leases.
+            shared = next(iter(self._mounts.values()), None) if version == 4 else None
+            client = shared or _mount(server, directory, version, int(other.get("nfs-timeout", _TIMEOUT_DS)) / 10)
+            self._mounts[host] = client
             try:
                 _try_out(client)
-                self._mounts[host] = client
                 self.measure()
             except BaseException:
-                self._mounts.pop(host, None)
-                client.close()
+                self.unplug(host)
                 raise
 
     def unplug(self, host: Ref) -> None:
@@ -89,9 +93,10 @@ class Share:
             client = self._mounts.pop(host, None)
             if client is None:
                 return
-            # They are the first mount's; whichever is first now opens them again.
-            self._forget_files()
-            client.close()
+            if client not in self._mounts.values():
+                # Files are the first mount's; whichever is first now opens them again.
+                self._forget_files()
+                client.close()
 
     def close(self) -> None:
         """Unmount for all."""
@@ -155,7 +160,9 @@ class Share:
     def read(self, name: str, offset: int, length: int) -> bytes:
         """Bytes of a file, fewer at its end. Raises IoFailure."""
         with self._client() as client:
-            return self._file(client, name).read(offset, length)
+            file, step = self._file(client, name), max(client.piece, _READ_BYTES)
+            parts = [file.read(offset + at, min(step, length - at)) for at in range(0, length, step)]
+            return b"".join(parts)
 
     def write(self, name: str, offset: int, data: bytes) -> None:
         """Write durably. Raises IoFailure."""
@@ -227,13 +234,23 @@ def _mount(server: str, directory: str, version: int, timeout_s: float) -> NfsCl
     # Only pools with such an SR need libnfs, and the tests' package.
     from tests.support.nfs_client import NfsClient
 
+    port = NFS_PORT if version == 4 else 0  # for version 3 mount.nfs asks rpcbind, too
+    try:
+        return NfsClient(server, directory, version=version, port=port, timeout_s=timeout_s)
+    except OSError as exc:
+        raise _no_mount(f"{server}:{directory}", exc) from exc
+
+
+def _knock(server: str) -> None:
     try:
         with socket.create_connection((server, NFS_PORT), _CONNECT_S):
             pass
-        port = NFS_PORT if version == 4 else 0  # for version 3 mount.nfs asks rpcbind, too
-        return NfsClient(server, directory, version=version, port=port, timeout_s=timeout_s)
     except OSError as exc:
-        raise backend_failure(12, f"mount failed with return code 32 [opterr={server}:{directory}: {exc}]") from exc
+        raise _no_mount(server, exc) from exc
+
+
+def _no_mount(place: str, error: OSError) -> Failure:
+    return backend_failure(12, f"mount failed with return code 32 [opterr={place}: {error}]")
 
 
 def _try_out(client: NfsClient) -> None:
