@@ -25,12 +25,13 @@ SESSION = "vm"
 class LiveMounted:
     """Inside ``with`` a server shows a session whose disks are ``disk``s; everything lies below ``folder``."""
 
-    def __init__(self, folder: Path, *, deadline_s: float = 30.0) -> None:
+    def __init__(self, folder: Path, *, deadline_s: float = 30.0, passes: bool = False) -> None:
         self.state = folder / "sessions"
         self.mount = folder / "live"
         self.control = folder / "control"
         self.log = folder / "log"
         self.deadline_s = deadline_s
+        self.passes = passes
         for path in (self.state, self.mount, self.control):
             path.mkdir(parents=True, exist_ok=True)
         self.server: subprocess.Popen[str] | None = None
@@ -53,7 +54,7 @@ class LiveMounted:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "tests.support.live_server", self.state, self.mount, self.control]
-        command += ["--deadline", self.deadline_s]
+        command += ["--deadline", self.deadline_s, *["--passes"] * self.passes]
         with self.log.open("ab") as log:
             self.server = subprocess.Popen(
                 [*map(str, command)],

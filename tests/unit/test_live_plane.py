@@ -109,7 +109,9 @@ def kernel(tmp_path: Path, overlay: Overlay) -> Iterator[Kernel]:
     def attributes(inode: int) -> Attributes:
         return Attributes(inode, 1, 0o100600, 2, 3, 4, 0, 5, 6, -1, 7, 8)
 
-    plane = LivePlane(device.detach(), files, SystemClock(), attributes=attributes, ended=lambda: None)
+    plane = LivePlane(
+        device.detach(), files, SystemClock(), attributes=attributes, passable=lambda _: None, ended=lambda: None
+    )
     plane.start()
     yield Kernel(ours, handle)
     ours.close()

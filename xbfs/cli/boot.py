@@ -49,6 +49,10 @@ def plan_of(arguments: argparse.Namespace, point: RestorePoint, runtime: Runtime
     disk_format = DiskFormat(arguments.format) if arguments.format else default
     if arguments.client and export is Export.FILE:
         raise UsageError("--client is for --export nbd and nfs", hint="leave it out, or choose an export")
+    if arguments.passthrough and (arguments.hydrate is None or disk_format is not DiskFormat.RAW):
+        raise UsageError(
+            "--passthrough is for raw disks that are copied to this machine", hint="add --hydrate, or leave it out"
+        )
     there = [disk.number for disk in point.disks]
     wanted = sorted(set(arguments.disk or there))
     missing = [number for number in wanted if number not in there]
@@ -66,6 +70,7 @@ def plan_of(arguments: argparse.Namespace, point: RestorePoint, runtime: Runtime
         disks=tuple(SessionDisk(number, disk_format, f"{number}.{disk_format}") for number in wanted),
         clients=checked_clients(arguments.client),
         hydrate_bytes_s=arguments.hydrate,
+        passthrough=arguments.passthrough,
     )
 
 
@@ -85,6 +90,7 @@ def session_record(running: Running) -> dict[str, object]:
             "file": str(place.file) if place.file else None,
             "uri": place.uri,
             "local_uri": place.local_uri,
+            "passthrough": place.is_passed,
         }
         for key, place in running.places.items()
     ]

@@ -39,6 +39,8 @@ def list_sessions(arguments: argparse.Namespace, output: Output) -> None:
 
 def _row(running: Running, now_ns: int) -> tuple[str, ...]:
     state = "not served" if not running.is_served else "in use" if running.is_busy else "served"
+    if any(place.is_passed for place in running.places.values()):
+        state += ", passed through"
     session = running.session
     if session is None:
         return running.name, "?", "?", "?", "?", "?", "?", state

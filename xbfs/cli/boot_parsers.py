@@ -124,6 +124,12 @@ def _add_start(boot: Verbs) -> None:
         help="copy the point to local files in the background, at most RATE bytes a second as 50M (default: no limit),"
         " so that the VM does not depend on the repository",
     )
+    start.add_argument(
+        "--passthrough",
+        action="store_true",
+        help="with --hydrate: disks that are opened when they are copied are read and written by the kernel alone, as"
+        " fast as files are; no commit while they are open (root, Linux 6.9 or newer; elsewhere as without)",
+    )
     _add_pool(start)
 
 

@@ -96,6 +96,8 @@ def _check_no_pool(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.export not in (None, Export.NFS.value) or arguments.format not in (None, DiskFormat.VHD.value):
         raise UsageError("a pool gets at disks by NFS, as VHD", hint="leave --export and --format out with --pool")
+    if arguments.passthrough:
+        raise UsageError("--passthrough is for raw disks, and a pool takes VHD", hint="leave it out with --pool")
     sources = [source for source, _ in arguments.networks]
     if len(set(sources)) != len(sources):
         raise UsageError("--network says twice where one network goes", hint="give it once")

@@ -60,7 +60,10 @@ class LiveMount:
         files = OpenFiles()
 
         def plane_of(device: int, ended: Callable[[], None]) -> LivePlane:
-            return LivePlane(device, files, self._clock, attributes=self._tree.attributes, ended=ended)
+            tree = self._tree
+            return LivePlane(
+                device, files, self._clock, attributes=tree.attributes, passable=tree.passable, ended=ended
+            )
 
         options = {"default_permissions", "nosuid", "nodev", f"fsname={NAME}", f"subtype={mountpoint.SUBTYPE}"}
         hint = ""

@@ -19,7 +19,7 @@ from xbfs.fuse.guard import guarded
 from xbfs.fuse.live_plane import IO_BYTES, KEPT_S
 from xbfs.vfs.live.attributes import OWN
 from xbfs.vfs.live.changes import Asker, Changes
-from xbfs.vfs.live.handles import OpenDisk, OpenForeign
+from xbfs.vfs.live.handles import OpenDisk, Opened, OpenForeign
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from pyfuse3 import ReaddirToken, RequestContext, SetattrFields
 
     from xbfs.fuse.files import OpenFiles
+    from xbfs.vfs.handles import OpenFile
     from xbfs.vfs.live.attributes import Attributes
-    from xbfs.vfs.live.handles import Opened
     from xbfs.vfs.live.tree import LiveTree
 
 P = ParamSpec("P")
@@ -63,7 +63,6 @@ class LiveOperations(pyfuse3.Operations):
         self._changes = Changes(tree.nodes)
         self._files = files
         self._numbers = count(1)
-        self._opened: dict[int, Opened] = {}
         self._listings: dict[int, tuple[int, list[bytes]]] = {}
 
     @_passed_on
@@ -87,7 +86,7 @@ class LiveOperations(pyfuse3.Operations):
     ) -> EntryAttributes:
         """Change size, mode, owner or times."""
         if fields.update_size:
-            await self._resize(inode, attr.st_size, None if fh is None else self._opened.get(fh))
+            await self._resize(inode, attr.st_size, None if fh is None else self._files.images.get(fh))
         self._tree.change(
             inode,
             mode=attr.st_mode & 0o7777 if fields.update_mode else None,
@@ -170,10 +169,10 @@ class LiveOperations(pyfuse3.Operations):
 
     @_passed_on
     async def release(self, fh: int) -> None:
-        """Close a file."""
+        """Close a file, whoever has opened it."""
+        file = self._files.images.get(fh)
         self._files.drop(fh)
-        file = self._opened.pop(fh, None)
-        if file is not None:
+        if isinstance(file, Opened):
             self._tree.close(file)
 
     @_passed_on
@@ -251,10 +250,9 @@ class LiveOperations(pyfuse3.Operations):
             number = self._files.add_writable(file)
         else:
             number = self._files.add_image(file)
-        self._opened[number] = file
         return FileInfo(fh=number, keep_cache=inode < OWN)
 
-    async def _resize(self, inode: int, size_bytes: int, opened: Opened | None = None) -> None:
+    async def _resize(self, inode: int, size_bytes: int, opened: OpenFile | None = None) -> None:
         disk = self._tree.disk(inode)
         if disk is not None:
             await trio.to_thread.run_sync(disk.resize, size_bytes)

@@ -1,5 +1,8 @@
 """The data plane of a writable mount: also WRITE, FSYNC, FALLOCATE and GETATTR are answered by who took them.
 
+So is OPEN of disks that the kernel may be given: pyfuse3 can not say which file it shall use. RELEASE is the event
+loop's, of all files.
+
 Owns nothing beyond ``plane``. A write takes its bytes from the request where they lie; only one that has to wait for
 the restore point without a thread (``Parked``) copies them. Attributes are asked for after every write whose writer
 looks at the file, as NFS servers do.
@@ -8,9 +11,11 @@ looks at the file, as NFS servers do.
 from __future__ import annotations
 
 import errno
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from xbfs.fuse import wire
+from xbfs.fuse.backing import DeviceBackings
 from xbfs.fuse.plane import DataPlane, Outcome
 from xbfs.vfs.live.handles import LOCAL_S
 from xbfs.vfs.live.tree import PASSED_ON
@@ -21,7 +26,7 @@ if TYPE_CHECKING:
     from xbfs.fuse.files import OpenFiles
     from xbfs.vfs.gate import Parked
     from xbfs.vfs.live.attributes import Attributes
-    from xbfs.vfs.live.handles import WritableFile
+    from xbfs.vfs.live.handles import OpenDisk, WritableFile
     from xbfs.view.base import Part
     from xbfs_engine.core.runtime import Clock
 
@@ -64,7 +69,7 @@ class LivePlane(DataPlane):
 
     # Without killpriv_v2 the kernel asks for security.capability before each write; with auto_inval_data it drops its
     # pages whenever it sees an mtime that moved, though nobody else writes.
-    init_flags = (wire.INIT_KILLPRIV_V2, wire.INIT_AUTO_INVAL_DATA)
+    init_flags = (wire.INIT_KILLPRIV_V2 | wire.INIT_PASSTHROUGH, wire.INIT_AUTO_INVAL_DATA)
 
     def __init__(
         self,
@@ -73,10 +78,18 @@ class LivePlane(DataPlane):
         clock: Clock,
         *,
         attributes: Callable[[int], Attributes],
+        passable: Callable[[int], OpenDisk | None],
         ended: Callable[[], None],
     ) -> None:
         super().__init__(device, files, clock, ended=ended)
         self._attributes = attributes
+        self._passable = passable
+        self._backings = DeviceBackings(device)
+
+    def close(self) -> None:
+        """Let go of everything, after the unmount."""
+        self._backings.leave()
+        super().close()
 
     def _handled(self, opcode: int, unique: int, request: memoryview) -> Outcome:
         if opcode == wire.WRITE:
@@ -104,11 +117,23 @@ class LivePlane(DataPlane):
             else:
                 self._answer(unique, (_told(found),))
             return Outcome.DONE
+        elif opcode == wire.OPEN:
+            disk = self._passable(wire.IN_HEADER.unpack_from(request)[3])
+            if disk is not None:
+                flags, _ = wire.OPEN_IN.unpack_from(request, _HEADER_BYTES)
+                return self._work(unique, disk, partial(self._opened, disk, flags))
         elif opcode == wire.GETXATTR and bytes(request[_NAME_AT : _NAME_AT + len(PASSED_ON)]) != PASSED_ON:
             # Before a write that follows upon a look at the file the kernel asks for security.capability.
             self._refuse(unique, errno.ENODATA)
             return Outcome.DONE
         return super()._handled(opcode, unique, request)
+
+    def _opened(self, disk: OpenDisk, flags: int) -> Sequence[Part]:
+        # Pages are not kept over openings of such a disk: while the kernel has its file they would get old.
+        number = disk.begin(flags, self._backings)
+        handle = self._files.add_writable(disk)
+        passed = (0, 0) if number is None else (wire.PASSED_THROUGH, number)
+        return (wire.OPEN_OUT.pack(handle, *passed),)
 
     def _work(
         self,

@@ -30,11 +30,14 @@ FALLOCATE_IN: Final = struct.Struct("=QQQII")
 ATTR_OUT: Final = struct.Struct("=QIIQQQQQQIIIIIIIIII")
 """Valid for (seconds, nanoseconds), nothing; then fuse_attr: inode, size, blocks, seconds of atime, mtime, ctime,
 their nanoseconds, mode, links, owner, group, device, block size, flags."""
-OPEN_OUT: Final = struct.Struct("=QII")
-"""File handle, flags, nothing."""
+OPEN_IN: Final = struct.Struct("=II")
+"""Flags of open(2), flags of FUSE's own."""
+OPEN_OUT: Final = struct.Struct("=QIi")
+"""File handle, flags, number of the file that the kernel reads and writes instead."""
 
 GETATTR: Final = 3
 READLINK: Final = 5
+OPEN: Final = 14
 READ: Final = 15
 WRITE: Final = 16
 FSYNC: Final = 20
@@ -46,6 +49,8 @@ LSEEK: Final = 46
 
 KEPT_LISTING: Final = 1 << 1 | 1 << 3
 """FOPEN_KEEP_CACHE and FOPEN_CACHE_DIR: the kernel keeps what a directory lists, also over its openings."""
+PASSED_THROUGH: Final = 1 << 7
+"""FOPEN_PASSTHROUGH. Together with FOPEN_KEEP_CACHE the kernel refuses it."""
 
 WRITE_DROPS_PRIVILEGES: Final = 1 << 2
 """FUSE_WRITE_KILL_SUIDGID, of the flags of a write."""
@@ -55,6 +60,7 @@ FSYNC_DATA: Final = 1 << 0
 INIT_AUTO_INVAL_DATA: Final = 1 << 12
 INIT_CACHE_SYMLINKS: Final = 1 << 23
 INIT_KILLPRIV_V2: Final = 1 << 28
+INIT_PASSTHROUGH: Final = 1 << 37
 """FUSE_AUTO_INVAL_DATA and so on, of the flags of INIT's answer; kernels ignore what they do not know."""
 
 REQUEST_MAX: Final = (1 << 20) + 8192

@@ -41,11 +41,12 @@ _PATH_MAX: Final = 4096
 
 class DiskPlace(NamedTuple):
     """Where a disk is: ``file`` in the live mount (None: a client has removed it); by NBD or NFS at ``uri``, and for
-    programs of this machine at ``local_uri``."""
+    programs of this machine at ``local_uri``. ``is_passed``: the kernel reads and writes it without the server."""
 
     file: Path | None
     uri: str | None = None
     local_uri: str | None = None
+    is_passed: bool = False
 
 
 class NfsShare(NamedTuple):
@@ -227,13 +228,17 @@ def _running(stored: sessions.Stored, told: Mapping[str, object]) -> Running:
             "nfs": list() | None as nfs,
             "dirty_bytes": int() as dirty_bytes,
             "hydrated": float() | None as hydrated,
+            "passed": list() as passed,
             "busy": bool() as is_busy,
             "served": bool() as is_served,
             "problem": list() | None as said,
         }:
             places = {
                 disk.key: DiskPlace(
-                    Path(files[disk.key]) if disk.key in files else None, uris.get(disk.key), local_uris.get(disk.key)
+                    Path(files[disk.key]) if disk.key in files else None,
+                    uris.get(disk.key),
+                    local_uris.get(disk.key),
+                    disk.key in passed,
                 )
                 for disk in (stored.session.disks if stored.session else ())
             }

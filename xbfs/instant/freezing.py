@@ -89,6 +89,7 @@ class Freezing:
                 raise SessionNotFound(f"session {name} is not served", hint="`xbfs boot list` says why")
             if name in self._frozen:
                 raise SessionBusy(f"session {name} is being committed", hint="wait until that commit has ended")
+            self._tree.settle()  # also ends what the kernel was given, if nobody uses it any more
             disks = await trio.to_thread.run_sync(freeze_all, list(served.overlays.values()))
             # Later than all that is in the disks.
             time_ns = self._clock.now_ns()

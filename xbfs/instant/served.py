@@ -118,6 +118,7 @@ class Served:
             "nfs": None if nfs is None else [nfs.address, nfs.port, nfs.path(self.session.name)],
             "dirty_bytes": sum(overlay.dirty_bytes for overlay in self.overlays.values()),
             "hydrated": self._hydrated(),
+            "passed": [key for key, overlay in self.overlays.items() if overlay.is_passed_through],
         }
 
     def _hydrated(self) -> float | None:

@@ -23,7 +23,7 @@ from xbfs.instant.session import TREE, Export
 from xbfs.instant.share import Share
 from xbfs.serve.device import same_device
 from xbfs.vfs.live.tree import LiveTree
-from xbfs_engine.core.errors import ExportFailed, SessionBusy, SessionNotFound, XbfsError
+from xbfs_engine.core.errors import ExportFailed, OverlayInUse, SessionBusy, SessionNotFound, XbfsError
 from xbfs_engine.core.log import Logger
 from xbfs_engine.storage.files import write_replace
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from xbfs.instant.state import StateDirectory
     from xbfs_engine.core.runtime import Clock
 
+LET_GO_S: Final = 3.0
+"""What exports of a server that died get to end: the kernel may write to disks for them until then."""
 BUSY_S: Final = 2.0
 """The kernel tells of a close when it has returned already."""
 BUSY_NFS_S: Final = 12.0
@@ -109,15 +111,22 @@ class LiveServer:
 
     async def _open_all(self) -> None:
         """Have all sessions in the tree that can be."""
-        for name in await trio.to_thread.run_sync(sessions.names, self.state):
-            await self._try(name)
+        until_s = trio.current_time() + LET_GO_S
+        left = await trio.to_thread.run_sync(sessions.names, self.state)
+        while left:
+            for name in left:
+                await self._try(name)
+            left = [name for name in left if isinstance(self._problems.get(name), OverlayInUse)]
+            if trio.current_time() > until_s:
+                break
+            await trio.sleep(_POLL_S)
 
     async def _try(self, name: str) -> Served | None:
         """Have a session in the tree, or its problem kept."""
         try:
             served = await trio.to_thread.run_sync(self._opened, name)
             try:
-                self.tree.add(name, served.directory / TREE, served.overlays)
+                self.tree.add(name, served.directory / TREE, served.overlays, passes=served.session.passthrough)
             except XbfsError:
                 await trio.to_thread.run_sync(served.close)
                 raise

@@ -64,7 +64,7 @@ class SessionDisk:
 class Session:
     """One instant recovery. ``clients``: addresses or networks that may reach an export (NFS); none is this machine
     alone. ``hydrate_bytes_s``: how fast the restore point is copied to local files in the background; 0 is as fast
-    as can be, None not at all."""
+    as can be, None not at all. ``passthrough``: what was copied is given to the kernel, where it allows that."""
 
     name: str
     point: PointId
@@ -74,6 +74,7 @@ class Session:
     disks: tuple[SessionDisk, ...]
     clients: tuple[str, ...] = ()
     hydrate_bytes_s: int | None = None
+    passthrough: bool = False
 
     def to_record(self) -> dict[str, object]:
         """Plain values for JSON."""
@@ -87,6 +88,7 @@ class Session:
             "disks": [{"number": disk.number, "format": disk.format.value, "path": disk.path} for disk in self.disks],
             "clients": list(self.clients),
             "hydrate_bytes_s": self.hydrate_bytes_s,
+            "passthrough": self.passthrough,
         }
 
 
@@ -104,9 +106,13 @@ def session_of(record: object) -> Session:
             "disks": list() as disks,
             "clients": list() as clients,
             "hydrate_bytes_s": int() | None as hydrate,
+            **rest,
         } if export in _EXPORTS and all(isinstance(client, str) for client in clients):
             found = tuple(_disk_of(disk) for disk in disks)
-            return Session(name, PointId(point), vm_name, created_ns, Export(export), found, tuple(clients), hydrate)
+            passes = rest.get("passthrough") is True  # older records do not have it
+            return Session(
+                name, PointId(point), vm_name, created_ns, Export(export), found, tuple(clients), hydrate, passes
+            )
         case _:
             raise IntegrityError("the session's record is not understood", hint=f"see {RECORD} in its directory")
 

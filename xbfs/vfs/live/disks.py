@@ -1,7 +1,8 @@
 """One overlay disk as the live mount shows it: reads and writes of its bytes, growth, and the times of its stub.
 
 Owns nothing but the rules between a file and an ``Overlay``: writes behind the end make it longer, the stub's mtime
-follows writes, and nobody is in the overlay any more once ``leave`` has returned. Any thread may call it.
+follows writes, and nobody is in the overlay any more once ``leave`` has returned. A disk that the kernel reads and
+writes itself (``passing``) keeps its size. Any thread may call it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from xbfs.vfs.live.passing import Backings, Passing
     from xbfs.view.base import Part, RandomAccess
     from xbfs.view.overlay import Overlay
     from xbfs_engine.core.runtime import Clock
@@ -32,13 +34,15 @@ _BLOCK: Final = 512
 
 
 class LiveDisk:
-    """``stub`` is a descriptor (O_PATH) of the stub, which is the disk's from now on."""
+    """``stub`` is a descriptor (O_PATH) of the stub, which is the disk's from now on. ``passing``: None if the kernel
+    shall never have its file; else all openings of the disk are told it."""
 
-    __slots__ = ("_clock", "_growing", "_inside", "_is_gone", "_written", "overlay", "stub")
+    __slots__ = ("_clock", "_growing", "_inside", "_is_gone", "_written", "overlay", "passing", "stub")
 
-    def __init__(self, overlay: Overlay, stub: int, clock: Clock) -> None:
+    def __init__(self, overlay: Overlay, stub: int, clock: Clock, passing: Passing | None = None) -> None:
         self.overlay = overlay
         self.stub = stub
+        self.passing = passing
         self._clock = clock
         self._growing = threading.Lock()
         self._written = False
@@ -55,6 +59,15 @@ class LiveDisk:
     def blocks(self) -> int:
         """What the disk takes here, in 512 bytes. Never none: to GNU tar that says that all is zeros."""
         return (self.overlay.data_bytes + UNIT) // _BLOCK
+
+    def opened(self, backings: Backings) -> int | None:
+        """One opening more of a disk with ``passing``; raises Refused if it was taken away. May block."""
+        assert self.passing is not None, "others are not counted"
+        me = self._entered()
+        try:
+            return self.passing.open(backings)
+        finally:
+            self._inside.discard(me)
 
     def parts_cached(self, offset: int, size: int) -> Sequence[Part] | None:
         """The bytes if all are in memory, else None. Never blocks, never raises."""
@@ -122,11 +135,13 @@ class LiveDisk:
             self._inside.discard(me)
 
     def flush(self) -> None:
-        """fsync(2). Raises as ``Overlay.flush``, Refused."""
+        """fsync(2). Raises as ``Overlay.flush``, Refused: also if the kernel wrote what can not stay."""
         self.settle()
         me = self._entered()
         try:
             self.overlay.flush()
+            if self.passing is not None and self.passing.is_longer:
+                raise refused(errno.EFBIG)
         finally:
             self._inside.discard(me)
 
@@ -135,10 +150,15 @@ class LiveDisk:
 
         Raises OSError.
         """
-        if not self._written:
+        if not self._written and self.passing is None:
             return
         me = self._entered()
         try:
+            if self.passing is not None:
+                self._written |= self.passing.has_moved()
+                self.passing.settle()
+            if not self._written:
+                return
             self._written = False
             os.utime(path_of(self.stub), ns=(os.fstat(self.stub).st_atime_ns, self._clock.now_ns()))
         finally:
@@ -154,8 +174,10 @@ class LiveDisk:
         self._is_gone = True
         for _ in range(int(LEAVE_S / _POLL_S)):
             if self.is_quiet:
-                return True
+                break
             time.sleep(_POLL_S)
+        if self.passing is not None:
+            self.passing.leave()
         return self.is_quiet
 
     def _entered(self) -> int:

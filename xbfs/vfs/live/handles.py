@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from xbfs.vfs.live.disks import LiveDisk
     from xbfs.vfs.live.nodes import ShownSession
+    from xbfs.vfs.live.passing import Backings
     from xbfs.view.base import Part, RandomAccess
     from xbfs_engine.core.errors import XbfsError
 
@@ -162,10 +163,27 @@ class OpenDisk(Opened):
     def drop_privileges(self) -> None:
         """A disk is no program."""
 
+    def begin(self, flags: int, backings: Backings) -> int | None:
+        """Open it, where all openings are counted: the number of the file that the kernel uses, None if it asks us.
+
+        May block. Raises as ``Overlay.resize``, Refused.
+        """
+        assert self.session is not None, "a disk is a session's"
+        self.session.opened.add(self)
+        try:
+            if flags & os.O_TRUNC:
+                self._disk.resize(0)
+            return self._disk.opened(backings)
+        except BaseException:
+            self.session.opened.discard(self)
+            raise
+
     def close(self) -> None:
         """The times are told at the latest now."""
         with suppress(OSError):
             self._disk.settle()
+        if self._disk.passing is not None:
+            self._disk.passing.close()
 
 
 class OpenForeign(Opened):

@@ -18,17 +18,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from xbfs.vfs.live.disks import LiveDisk
+    from xbfs.vfs.live.handles import Opened
 
 
 @dataclass(slots=True)
 class ShownSession:
-    """A session. ``inode``: of its directory; ``stubs``: its disks by inode number; ``opened``: how many open files."""
+    """A session. ``inode``: of its directory; ``stubs``: its disks by inode number; ``opened``: its open files."""
 
     name: str
     inode: int
     device: int
     stubs: dict[int, LiveDisk] = field(default_factory=dict)
-    opened: int = 0
+    opened: set[Opened] = field(default_factory=set)
     is_gone: bool = False
 
 

@@ -21,6 +21,7 @@ from xbfs.vfs.live.frozen import TOP as FROZEN_TOP
 from xbfs.vfs.live.frozen import Frozen
 from xbfs.vfs.live.handles import OpenDisk, OpenForeign, OpenImage
 from xbfs.vfs.live.nodes import Node, Nodes, ShownSession
+from xbfs.vfs.live.passing import Passing
 from xbfs.vfs.live.stubs import anchors
 from xbfs_engine.core.errors import SessionBusy, SessionExists, StorageError
 from xbfs_engine.core.log import Logger
@@ -63,8 +64,9 @@ class LiveTree:
         self._sessions: dict[bytes, ShownSession] = {}
         self.tell_gone: Callable[[bytes, list[int]], None] = ignored
 
-    def add(self, name: str, directory: Path, disks: Mapping[str, Overlay]) -> None:
-        """Show ``directory`` as ``name``, with ``disks`` by key in place of its stubs. Raises StorageError."""
+    def add(self, name: str, directory: Path, disks: Mapping[str, Overlay], *, passes: bool = False) -> None:
+        """Show ``directory`` as ``name``, with ``disks`` by key in place of its stubs. ``passes``: hydrated disks are
+        given to the kernel where the system allows it. Raises StorageError."""
         key = os.fsencode(name)
         if key in self._sessions or key in {b"", b".", b"..", FROZEN} or b"/" in key:
             raise SessionExists(f"{name!r} can not be shown: there is such a directory")
@@ -72,7 +74,8 @@ class LiveTree:
         try:
             for disk, overlay in disks.items():
                 stub = os.open(anchors(directory) / disk, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-                session.stubs[os.fstat(stub).st_ino] = LiveDisk(overlay, stub, self._clock)
+                passing = Passing(overlay, f"{name}: {disk}") if passes else None
+                session.stubs[os.fstat(stub).st_ino] = LiveDisk(overlay, stub, self._clock, passing)
         except OSError as exc:
             self._drop(session)
             raise StorageError(f"a disk of session {name} has no stub: {exc.filename}: {exc.strerror}") from exc
@@ -88,7 +91,7 @@ class LiveTree:
         if session is None:
             return
         if session.opened and not force:
-            raise SessionBusy(f"{session.opened} files of session {name} are open")
+            raise SessionBusy(f"{len(session.opened)} files of session {name} are open")
         del self._sessions[key]
         self.tell_gone(key, list(session.stubs))
         self.frozen.hide(key)
@@ -97,7 +100,7 @@ class LiveTree:
     def is_busy(self, name: str) -> bool:
         """Whether a file of a session is open."""
         session = self._sessions.get(os.fsencode(name))
-        return session is not None and session.opened > 0
+        return session is not None and bool(session.opened)
 
     @property
     def is_quiet(self) -> bool:
@@ -171,18 +174,28 @@ class LiveTree:
         node = self.nodes.get(inode)
         opened: Opened
         if node.disk is not None:
+            if node.disk.passing is not None:
+                raise refused(errno.ESTALE)  # it came into being while the client made a file: it opens it again
             opened = OpenDisk(node.disk, node.session, f"{node.session.name}: {inode}", self.deadline_s)
         else:
             fd = os.open(node.path, flags & _OPEN_FLAGS | os.O_CLOEXEC)
             opened = OpenForeign(fd, node.session, f"{node.session.name}: {inode}")
-        node.session.opened += 1
+        node.session.opened.add(opened)
         return opened
+
+    def passable(self, inode: int) -> OpenDisk | None:
+        """A file that is not open yet (``OpenDisk.begin``), if it is a disk that the kernel may be given. Any thread
+        may ask, while the kernel knows the file."""
+        node = self.nodes.held.get(inode)
+        if node is None or node.disk is None or node.disk.passing is None or node.session.is_gone:
+            return None
+        return OpenDisk(node.disk, node.session, f"{node.session.name}: {inode}", self.deadline_s)
 
     def close(self, opened: Opened) -> None:
         """The client has closed a file."""
         opened.close()
         if opened.session is not None:
-            opened.session.opened -= 1
+            opened.session.opened.discard(opened)
 
     def forget(self, inode: int, lookups: int) -> None:
         """The kernel knows a file no more."""

@@ -13,6 +13,7 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
+from xbfs.view.overlay.leases import has_writers
 from xbfs_engine.core.errors import (
     BlobNotFound,
     IntegrityError,
@@ -155,6 +156,7 @@ def _open_all(directory: Path, flags: int) -> StateFiles:
         files.append(_open(directory / HEADER, os.O_RDWR | flags))
         files[0].lock()
         try:
+            _refuse_writers(directory / DATA)
             files += [_open(directory / name, os.O_RDWR | flags) for name in (DATA, MAP)]
         except BlobNotFound as exc:
             raise IntegrityError(exc.message, hint="a file of the overlay was removed: begin a new one") from exc
@@ -163,6 +165,14 @@ def _open_all(directory: Path, flags: int) -> StateFiles:
         for file in files:
             file.close()
         raise
+
+
+def _refuse_writers(path: Path) -> None:
+    """Raises OverlayInUse if the kernel still writes to the file for a program that a server passed it through to."""
+    with suppress(OSError):  # there is none yet, or it is told when it is opened
+        if has_writers(path):
+            message = f"a program still writes to the overlay {path.parent}, which its server had passed through to it"
+            raise OverlayInUse(message, hint="end the program that had the disk open when its server ended")
 
 
 def _open(path: Path, flags: int) -> _File:

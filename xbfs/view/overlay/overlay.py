@@ -238,11 +238,18 @@ class Overlay:
             return self._state.data.fileno()
 
     def end_passthrough(self) -> None:
-        """Nobody uses the descriptor any more."""
+        """Nobody uses the descriptor any more; what was written behind the end is cut off. Raises StorageError."""
         with self._state.alone():
             if self._state.is_passed:
                 self._state.wrote()
                 self._state.is_passed = False
+                if self._state.data.size() > self.size_bytes:
+                    self._state.data.truncate(self.size_bytes)
+
+    @property
+    def is_passed_through(self) -> bool:
+        """Whether the kernel reads and writes the disk without us."""
+        return self._state.is_passed
 
     def settle(self) -> None:
         """End what a crash cut short; for opening."""
@@ -360,7 +367,7 @@ def freeze_all(overlays: Sequence[Overlay]) -> list[FrozenOverlay]:
             if any(overlay._state.saved is not None for overlay in overlays):
                 raise SessionBusy("a disk is frozen already", hint="wait until the other commit has ended")
             if any(overlay._state.is_passed for overlay in overlays):
-                raise SessionBusy("the kernel writes a disk without us")
+                raise SessionBusy("the kernel writes a disk without us", hint="shut the VM down first, then run again")
             frozen = [overlay._frozen(*pair) for overlay, pair in zip(overlays, files, strict=True)]
         undo.pop_all()
         return frozen
