@@ -127,16 +127,20 @@ class NbdkitCow(Contender):
 
 class Session(Contender):
     """A session of ours. ``export`` and ``format`` as for ``xbfs boot``; ``by`` how the client gets there; hydrated
-    ones are measured when all of the point has been copied."""
+    ones are measured when all of the point has been copied, ``is_passed``: given to the kernel then."""
 
     is_ours = True
 
-    def __init__(self, export: str, by: str = "", *, format: str = "raw", is_hydrated: bool = False) -> None:
+    def __init__(
+        self, export: str, by: str = "", *, format: str = "raw", is_hydrated: bool = False, is_passed: bool = False
+    ) -> None:
         self.export = export
         self.by = by
         self.format = format
-        self.is_hydrated = is_hydrated
-        more = (by, "" if format == "raw" else format, "hydrated" if is_hydrated else "")
+        self.is_hydrated = is_hydrated or is_passed
+        self.is_passed = is_passed
+        state = "passthrough" if is_passed else "hydrated" if is_hydrated else ""
+        more = (by, "" if format == "raw" else format, state)
         self.name = " ".join(part for part in ("ours:", export, *more) if part)
 
     @contextmanager
@@ -147,6 +151,8 @@ class Session(Contender):
             options += ["--client", "10.99.0.1"]
         if self.is_hydrated:
             options.append("--hydrate")
+        if self.is_passed:
+            options.append("--passthrough")
         started = time.perf_counter()
         told = place.xbfs("boot", "guest@latest", "--name", "bench", *options)
         ready = time.perf_counter() - started

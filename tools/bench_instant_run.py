@@ -37,6 +37,7 @@ CONTENDERS: list[Contender] = [
     NbdkitCow(),
     Session("file"),
     Session("file", is_hydrated=True),
+    Session("file", is_passed=True),
     Session("nbd", "unix"),
     Session("nfs"),
 ]
@@ -44,7 +45,7 @@ CONTENDERS: list[Contender] = [
 BOOTING: list[Contender] = [
     CONTENDERS[0],
     CONTENDERS[2],
-    *CONTENDERS[4:],
+    *CONTENDERS[5:],
     Session("nbd", "tls"),
     Session("file", format="vhd"),
 ]
