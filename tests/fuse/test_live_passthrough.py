@@ -8,7 +8,6 @@ import mmap
 import os
 import signal
 import subprocess
-import threading
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -103,28 +102,6 @@ def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
         os.close(fd)
 
 
-@contextmanager
-def asleep(live: LiveMounted) -> Iterator[None]:
-    """Whatever is done inside is done by the kernel alone. It asks once, before the first write after a stat."""
-    server = live.server
-    assert server is not None
-    awake = threading.Event()
-
-    def wake() -> None:
-        awake.set()
-        server.send_signal(signal.SIGCONT)
-
-    alarm = threading.Timer(PATIENCE_S, wake)
-    server.send_signal(signal.SIGSTOP)
-    alarm.start()
-    try:
-        yield
-    finally:
-        alarm.cancel()
-        server.send_signal(signal.SIGCONT)
-    assert not awake.is_set(), "the server was asked"
-
-
 def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
     LIBC.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     return ctypes.get_errno() if LIBC.fallocate(fd, mode, offset, length) else 0
@@ -133,7 +110,7 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
 def test_the_kernel_reads_and_writes_without_the_server(live: LiveMounted) -> None:
     with opened(place(live)) as fd:
         os.pwrite(fd, DISK[:PAGE], 0)
-        with asleep(live):
+        with live.asleep():
             assert os.pread(fd, SIZE, 0) == DISK
             os.pwrite(fd, b"here", 5000)
             assert os.pread(fd, 4, 5000) == b"here"
@@ -234,7 +211,7 @@ def test_each_fsync_syncs_the_data_file(live: LiveMounted) -> None:
             before = synced(live)
             os.fdatasync(fd)
             assert synced(live) == before + 1
-        with mmap.mmap(fd, SIZE) as memory, asleep(live):
+        with mmap.mmap(fd, SIZE) as memory, live.asleep():
             memory[:4] = b"map!"
             memory.flush()  # the kernel syncs the file by itself
 
@@ -325,7 +302,7 @@ def test_who_opened_it_before_it_was_hydrated_stays_as_he_is(tmp_path: Path) -> 
             with opened(place(live)) as third, opened(place(live)) as fourth:
                 assert os.pread(third, 10, 0) == os.pread(fourth, 10, 0) == b"through us"
         live.restart()
-        with opened(place(live)) as fd, asleep(live):
+        with opened(place(live)) as fd, live.asleep():
             assert os.pread(fd, SIZE, 0) == b"through us" + DISK[10:]
 
 

@@ -3,8 +3,8 @@
     python -m tests.support.export_server nbd|nfs STATE MOUNTPOINT CONTROL ADDRESS [PORT MOUNT_PORT CLIENT...]
 
 STATE, MOUNTPOINT and CONTROL are those of ``live_server``. Prints the place as one line of JSON once clients can
-connect. At SIGHUP it shows STATE/../late too. CONTROL/counts has how many flushes, discards and writes of zeroes the
-overlays got.
+connect. At SIGHUP it shows STATE/../late too. If there is CONTROL/passes, the disks are hydrated first, and the kernel
+is given them. CONTROL/counts has how many flushes, discards and writes of zeroes the overlays got.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from tests.support.live_mounts import SESSION
-from tests.support.live_server import SlowDisk, show_all
+from tests.support.live_server import SlowDisk, hydrate, show_all
 from xbfs.fuse.live import LiveMount
 from xbfs.serve.device import same_device
 from xbfs.serve.nbd import NbdExport, serve_nbd
@@ -63,7 +63,10 @@ async def serve(kind: str, state: Path, mount: Path, control: Path, address: str
     clock = SystemClock()
     tree = LiveTree(clock)
     SlowDisk.hang = control / "hang"
-    overlays = show_all(tree, state)
+    passes = (control / "passes").exists()
+    overlays = show_all(tree, state, passes=passes)
+    if passes:
+        hydrate(overlays)
     count(overlays, control / "counts")
     async with trio.open_nursery() as nursery:
         with same_device(state.parent / "device", mount):

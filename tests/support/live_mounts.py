@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+import threading
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -14,11 +15,12 @@ from xbfs.fuse.mountpoint import mounts
 from xbfs.vfs.live.stubs import place_stub
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from types import TracebackType
 
 ROOT = Path(__file__).resolve().parents[2]
 END_S = 20
+ASLEEP_S = 10
 SESSION = "vm"
 
 
@@ -90,6 +92,27 @@ class LiveMounted:
             with suppress(subprocess.CalledProcessError):
                 subprocess.run(["fusermount3", "-u", "-z", str(self.mount)], check=True)
         return code
+
+    @contextmanager
+    def asleep(self) -> Iterator[None]:
+        """Whatever is done inside is done by the kernel alone. It asks once, before the first write after a stat."""
+        server = self.server
+        assert server is not None
+        awake = threading.Event()
+
+        def wake() -> None:
+            awake.set()
+            server.send_signal(signal.SIGCONT)
+
+        alarm = threading.Timer(ASLEEP_S, wake)
+        server.send_signal(signal.SIGSTOP)
+        alarm.start()
+        try:
+            yield
+        finally:
+            alarm.cancel()
+            server.send_signal(signal.SIGCONT)
+        assert not awake.is_set(), "the server was asked"
 
     def restart(self, number: signal.Signals = signal.SIGTERM) -> None:
         self.stop(number)
