@@ -35,12 +35,24 @@ class Backings(Protocol):
 
 
 class Passing:
-    """Of one disk whose session wants it. ``label``: what the log calls it."""
+    """Of one disk whose session wants it. ``stub``: a path to its stub; ``label``: what the log calls it."""
 
-    __slots__ = ("_backings", "_label", "_lock", "_moved_ns", "_number", "_openings", "_overlay", "_refused", "fd")
+    __slots__ = (
+        "_backings",
+        "_label",
+        "_lock",
+        "_moved_ns",
+        "_number",
+        "_openings",
+        "_overlay",
+        "_refused",
+        "_stub",
+        "fd",
+    )
 
-    def __init__(self, overlay: Overlay, label: str) -> None:
+    def __init__(self, overlay: Overlay, stub: str, label: str) -> None:
         self._overlay = overlay
+        self._stub = stub
         self._label = label
         self._lock = threading.Lock()
         self._openings = 0
@@ -94,7 +106,11 @@ class Passing:
 
     def _begin(self, backings: Backings) -> None:
         try:
+            _try(backings, self._stub)
             fd = self._overlay.passthrough_fd()
+        except OSError as exc:
+            self._tell(f"the system refuses it: {exc.strerror}")
+            return
         except SessionBusy:
             return  # a commit reads the disk: this time without
         except XbfsError as exc:
@@ -126,3 +142,13 @@ class Passing:
         if problem != self._refused:
             self._refused = problem
             _log.warning("a disk is not passed through", file=self._label, problem=problem)
+
+
+def _try(backings: Backings, stub: str) -> None:
+    """With the stub, which lies in the same file system: all units of a disk that was given to the kernel count as
+    written from then on. Raises OSError."""
+    fd = os.open(stub, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        backings.close(backings.open(fd))
+    finally:
+        os.close(fd)

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from xbfs.vfs.live.attributes import OWN, ROOT, Attributes, made_up
-from xbfs.vfs.live.calls import refused
+from xbfs.vfs.live.calls import path_of, refused
 from xbfs.vfs.live.disks import LiveDisk
 from xbfs.vfs.live.frozen import NAME as FROZEN
 from xbfs.vfs.live.frozen import TOP as FROZEN_TOP
@@ -74,7 +74,7 @@ class LiveTree:
         try:
             for disk, overlay in disks.items():
                 stub = os.open(anchors(directory) / disk, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-                passing = Passing(overlay, f"{name}: {disk}") if passes else None
+                passing = Passing(overlay, path_of(stub), f"{name}: {disk}") if passes else None
                 session.stubs[os.fstat(stub).st_ino] = LiveDisk(overlay, stub, self._clock, passing)
         except OSError as exc:
             self._drop(session)
