@@ -8,6 +8,7 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -33,12 +34,13 @@ def discarded(world: BootWorld) -> Iterator[None]:
     world.discard_all()
 
 
-def write(disk: Path, offset: int, data: bytes = WRITTEN) -> None:
-    """As a guest does that is told of it when it is safe."""
+def write(disk: Path, offset: int, data: bytes = WRITTEN, *, flush: bool = True) -> None:
+    """As a guest does, which is told of it when it is safe unless it does not ask."""
     fd = os.open(disk, os.O_RDWR)
     try:
         assert os.pwrite(fd, data, offset) == len(data)
-        os.fsync(fd)
+        if flush:
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -89,6 +91,7 @@ def test_sessions_of_one_point_do_not_see_each_other(world: BootWorld) -> None:
 def test_what_was_acknowledged_survives_kill_9(world: BootWorld, victim: str) -> None:
     disk = world.boot("k")
     write(disk, 4096)
+    write(disk, 16384, flush=False)
     server, supervisor = world.server(), world.supervisor()
     if victim != "server":
         os.kill(supervisor, signal.SIGKILL)
@@ -102,8 +105,8 @@ def test_what_was_acknowledged_survives_kill_9(world: BootWorld, victim: str) ->
         wait_until(lambda: not world.processes())
         assert not world.sessions()["k"]["served"]
         world.boot("other")
-    assert read(disk, 4096, 4096) == WRITTEN
-    assert world.told("k")["dirty_bytes"] == 4096
+    assert read(disk, 4096, 4096) == read(disk, 16384, 4096) == WRITTEN
+    assert world.told("k")["dirty_bytes"] == 8192
 
 
 def test_a_disk_in_use_is_not_thrown_away(world: BootWorld) -> None:
@@ -239,6 +242,36 @@ def test_nbd_serves_the_disk_and_is_there_again_after_a_crash(world: BootWorld) 
     os.kill(world.server(), signal.SIGKILL)
     wait_until(pattern, 20)
     assert world.sessions()["net"]["places"] == record["places"]
+
+
+@pytest.mark.slow
+def test_a_client_that_connects_again_finds_what_it_had_not_flushed(world: BootWorld) -> None:
+    record = world.good("boot", "web@latest", "--name", "again", "--export", "nbd", "--json").json["session"]
+    uri = urlsplit(record["places"][0]["local_uri"])
+    (socket,) = parse_qs(uri.query)["socket"]
+    server = {"server.type": "unix", "server.path": socket, "export": uri.path.lstrip("/"), "reconnect-delay": "30"}
+    options = ",".join(["driver=nbd", *(f"{name}={value}" for name, value in server.items())])
+    client = ["stdbuf", "-oL", "qemu-io", "--image-opts", options]
+    with subprocess.Popen(client, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as guest:
+        assert guest.stdin is not None
+        assert guest.stdout is not None
+
+        def does(command: str, answer: str) -> None:
+            print(command, file=guest.stdin, flush=True)
+            while answer not in (line := guest.stdout.readline()):
+                assert line, f"{command}: qemu-io ended"
+                assert "verification failed" not in line
+                assert "error" not in line
+
+        try:
+            for number in range(1, 4):
+                does(f"write -P {number} {number * 65536} 40960", "wrote 40960/40960")
+                os.kill(world.server(), signal.SIGKILL)
+                for earlier in range(1, number + 1):
+                    does(f"read -P {earlier} {earlier * 65536} 40960", "read 40960/40960")
+            does("write -f 0 4096", "wrote 4096/4096")  # flushes
+        finally:
+            guest.kill()
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,14 @@ import re
 import struct
 import subprocess
 import sys
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.disks import CHUNK, MemoryDisk
-from xbfs.view.overlay import Overlay, create_overlay, open_overlay
-from xbfs.view.overlay.files import StateFiles, make_files
+from tests.support.overlays import faulty
+from xbfs.view.overlay import create_overlay, open_overlay
 from xbfs.view.overlay.header import Header, encode
-from xbfs.view.overlay.opening import begin
 from xbfs_engine.core.errors import (
     BlobNotFound,
     ChunkCorrupt,
@@ -37,41 +35,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from xbfs.view.overlay.files import StateFile
 
 UNIT = 4096
 BASE = MemoryDisk.full(4 * CHUNK)
 CONTENT = BASE.read_at(0, BASE.size_bytes)
 
 
-class FaultyFile:
-    """A StateFile that fails as ``fails`` says, by the name of the method."""
-
-    def __init__(self, file: StateFile, fails: dict[str, StorageError]) -> None:
-        self._file = file
-        self._fails = fails
-
-    def __getattr__(self, name: str) -> object:
-        if name in self._fails:
-            raise self._fails[name]
-        return getattr(self._file, name)
-
-
-@contextmanager
-def faulty(directory: Path) -> Iterator[tuple[Overlay, dict[str, dict[str, StorageError]]]]:
-    """An overlay and, by file, what fails in it from now on."""
-    real = make_files(directory)
-    fails: dict[str, dict[str, StorageError]] = {name: {} for name in StateFiles._fields}
-    files = StateFiles(*[FaultyFile(file, fails[name]) for name, file in real._asdict().items()])
-    try:
-        yield begin(files, BASE, identity=b""), fails
-    finally:
-        real.close()
-
-
 @pytest.mark.parametrize("file", ["data", "map"])
 def test_after_a_failed_sync_nothing_is_written_until_the_overlay_is_opened_again(tmp_path: Path, file: str) -> None:
-    with faulty(tmp_path / "o") as (overlay, fails):
+    with faulty(tmp_path / "o", BASE) as (overlay, fails):
         overlay.write_at(0, [b"flushed"])
         overlay.flush()
         overlay.write_at(UNIT, [b"lost?"])
@@ -100,7 +72,7 @@ def test_after_a_failed_sync_nothing_is_written_until_the_overlay_is_opened_agai
 
 @pytest.mark.parametrize(("file", "method"), [("header", "write_at"), ("header", "sync"), ("map", "truncate")])
 def test_a_shrink_that_fails_half_way_stops_the_overlay(tmp_path: Path, file: str, method: str) -> None:
-    with faulty(tmp_path / "o") as (overlay, fails):
+    with faulty(tmp_path / "o", BASE) as (overlay, fails):
         overlay.write_at(3 * CHUNK, [b"x" * UNIT])
         overlay.flush()
         fails[file][method] = StorageError("medium error")
@@ -117,7 +89,7 @@ def test_a_shrink_that_fails_half_way_stops_the_overlay(tmp_path: Path, file: st
 
 
 def test_a_full_disk_at_the_map_is_told_before_anything_is_acknowledged(tmp_path: Path) -> None:
-    with faulty(tmp_path / "o") as (overlay, fails):
+    with faulty(tmp_path / "o", BASE) as (overlay, fails):
         fails["map"]["reserve"] = StorageFull("no room")
         for deed in (lambda: overlay.write_at(5, [b"x"]), lambda: overlay.discard(0, UNIT)):
             with pytest.raises(StorageFull):
@@ -137,7 +109,7 @@ def test_a_full_disk_at_the_map_is_told_before_anything_is_acknowledged(tmp_path
 
 
 def test_a_write_that_fails_changes_no_unit_that_was_the_bases(tmp_path: Path) -> None:
-    with faulty(tmp_path / "o") as (overlay, fails):
+    with faulty(tmp_path / "o", BASE) as (overlay, fails):
         fails["data"]["write_at"] = StorageError("medium error")
         with pytest.raises(StorageError):
             overlay.write_at(10, [b"x" * 2 * UNIT])
@@ -220,6 +192,7 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 from tests.support.disks import CHUNK, MemoryDisk
+from tests.support.overlays import faulty
 from xbfs.view.overlay import create_overlay
 from xbfs_engine.core.errors import StorageFull
 
@@ -251,6 +224,7 @@ LOCKER = """
 import sys
 from pathlib import Path
 from tests.support.disks import CHUNK, MemoryDisk
+from tests.support.overlays import faulty
 from xbfs.view.overlay import open_overlay
 open_overlay(Path(sys.argv[1]), MemoryDisk.full(4 * CHUNK), identity=b"")
 """

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.fault.test_overlay_disk import faulty, small_disk
+from tests.fault.test_overlay_disk import small_disk
 from tests.support.disks import CHUNK, MemoryDisk
+from tests.support.overlays import faulty
 from xbfs.view.overlay import Layer, create_overlay, freeze_all, open_overlay
 from xbfs_engine.core.errors import ChunkCorrupt, SessionBusy, StorageError, StorageFull
 from xbfs_engine.core.limits import KIB
@@ -79,7 +80,7 @@ def test_what_a_freeze_has_saved_gives_way_to_the_guest(small_disk: Path) -> Non
 
 
 def test_bytes_that_can_not_be_read_break_the_freeze_and_not_the_write(tmp_path: Path) -> None:
-    with faulty(tmp_path / "o") as (overlay, fails):
+    with faulty(tmp_path / "o", BASE) as (overlay, fails):
         overlay.write_at(0, [b"a" * UNIT])
         (frozen,) = freeze_all([overlay])
         fails["data"]["read_at"] = StorageError("medium error")
@@ -93,8 +94,8 @@ def test_bytes_that_can_not_be_read_break_the_freeze_and_not_the_write(tmp_path:
 
 def test_no_side_file_no_freeze(tmp_path: Path) -> None:
     with (
-        faulty(tmp_path / "a") as (good, _),
-        faulty(tmp_path / "b") as (bad, fails),
+        faulty(tmp_path / "a", BASE) as (good, _),
+        faulty(tmp_path / "b", BASE) as (bad, fails),
     ):
         fails["data"]["unnamed"] = StorageFull("no room")
         with pytest.raises(StorageFull):
@@ -114,7 +115,7 @@ def test_a_disk_that_is_closed_is_frozen_no_more(tmp_path: Path) -> None:
     frozen.close()
     with pytest.raises(StorageError, match="closed"):
         frozen.read_at(0, 1)
-    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["data", "header", "map"]
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["data", "header", "map", "recent"]
 
 
 KILLED = """
@@ -137,7 +138,7 @@ def test_a_freeze_leaves_nothing_when_its_process_is_killed(tmp_path: Path) -> N
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)}
     done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "o"], env=environment, check=False)
     assert done.returncode == -9
-    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["data", "header", "map"]
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["data", "header", "map", "recent"]
     with open_overlay(tmp_path / "o", BASE, identity=b"") as overlay:
         assert overlay.read_at(0, 3 * CHUNK) == b"b" * CHUNK + bytes(CHUNK) + CONTENT[2 * CHUNK : 3 * CHUNK]
         freeze_all([overlay])[0].close()
@@ -175,7 +176,7 @@ def test_a_base_that_can_not_be_read_is_told_and_hydration_can_go_on(tmp_path: P
 @pytest.mark.parametrize("deed", ["write", "zero", "pass"])
 def test_a_full_disk_at_the_claim_of_a_copied_unit_changes_nothing(tmp_path: Path, deed: str) -> None:
     """The disk must know that copied units may be the guest's before their bytes change, at the next try too."""
-    with faulty(tmp_path / "o") as (overlay, fails):
+    with faulty(tmp_path / "o", BASE) as (overlay, fails):
         hydrated(overlay)
         fails["header"]["write_at"] = StorageFull("no room")
         deeds = {

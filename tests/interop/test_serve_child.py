@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,6 +96,19 @@ def test_one_that_ignores_sigterm_is_killed(tmp_path: Path, port: int, monkeypat
     assert not Path(f"/proc/{pid}").exists()
 
 
+def test_one_that_must_not_tell_its_clients_is_killed_at_once(tmp_path: Path, port: int) -> None:
+    telling = f"""
+import ctypes, signal
+signal.signal(signal.SIGTERM, lambda *_: open({str(tmp_path / "told")!r}, "w"))
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # as nbdkit does
+{GREETER}"""
+    arguments = ("-c", telling, str(port), str(tmp_path / "pids"))
+    run(replace(program(tmp_path, *arguments), is_killed=True), port, nothing)
+    (pid,) = pids(tmp_path)
+    assert not Path(f"/proc/{pid}").exists()
+    assert not (tmp_path / "told").exists()
+
+
 def test_it_is_started_anew_when_it_ends(tmp_path: Path, port: int) -> None:
     async def kill_twice() -> None:
         for number in (1, 2):
@@ -148,12 +162,14 @@ def test_it_gets_no_environment_of_ours(tmp_path: Path, port: int, monkeypatch: 
     assert (tmp_path / "log").read_text() == "['LC_ALL', 'PATH'] True\n"
 
 
-def test_it_does_not_outlive_us(tmp_path: Path, port: int) -> None:
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_it_does_not_outlive_us(tmp_path: Path, port: int, is_killed: bool) -> None:
     """Also when we are killed; the child is of the event loop's thread, not of one that ends."""
     call = (
         "import trio; from pathlib import Path; from functools import partial;"
-        "from tests.interop.test_serve_child import greeter, run;"
-        f"run(greeter(Path({str(tmp_path)!r}), {port}), {port}, partial(trio.sleep, 25))"
+        "from dataclasses import replace; from tests.interop.test_serve_child import greeter, run;"
+        f"made = replace(greeter(Path({str(tmp_path)!r}), {port}), is_killed={is_killed});"
+        f"run(made, {port}, partial(trio.sleep, 25))"
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'engine'}"}
     parent = subprocess.Popen([sys.executable, "-c", call], cwd=ROOT, env=environment)

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from tests.support.disks import CHUNK, MemoryDisk
-from tests.support.export_lab import Exported, children, wait_until
+from tests.support.export_lab import Exported, descendants, wait_until
 from tests.support.nbd_certificates import identity
 from tests.support.nbd_servers import needs_nbdkit
 from xbfs.serve.certificates import make_certificates
@@ -149,14 +149,14 @@ def test_a_killed_nbdkit_is_back_at_its_place(server: Exported) -> None:
     assert server.server is not None
     place = server.nbd
     qemu_io(place.local_uri("three.raw"), "write -P 1 0 64k")
-    old = children(server.server.pid, "nbdkit")
+    old = descendants(server.server.pid, "nbdkit")
     assert len(old) == 2
     for pid in old:
         os.kill(pid, signal.SIGKILL)
     assert server.server is not None
 
     def is_back() -> bool:
-        new = children(server.server.pid, "nbdkit") if server.server else []
+        new = descendants(server.server.pid, "nbdkit") if server.server else []
         return len(new) == 2 and not set(new) & set(old)
 
     wait_until(is_back, "nbdkit does not come back")
@@ -172,7 +172,7 @@ def test_after_a_kill_of_all_flushed_writes_are_there(server: Exported) -> None:
     assert server.server is not None
     place = server.nbd
     qemu_io(place.qemu("three.raw"), "write -P 2 128k 64k", "flush")
-    old = children(server.server.pid, "nbdkit")
+    old = descendants(server.server.pid, "nbdkit")
     server.stop(signal.SIGKILL)
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in old), "nbdkit outlives the live server")
     server.start()

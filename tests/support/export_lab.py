@@ -66,15 +66,30 @@ class Exported(LiveMounted):
 
 def children(pid: int, name: str) -> list[int]:
     """Processes of that name whose parent is ``pid``."""
-    found = []
+    return [one for one, (parent, called) in _processes().items() if parent == pid and called == name]
+
+
+def descendants(pid: int, name: str) -> list[int]:
+    """Processes of that name that are below ``pid``."""
+    processes = _processes()
+
+    def descends(one: int) -> bool:
+        parent, _ = processes.get(one, (0, ""))
+        return parent == pid or (parent > 0 and descends(parent))
+
+    return [one for one, (_, called) in processes.items() if called == name and descends(one)]
+
+
+def _processes() -> dict[int, tuple[int, str]]:
+    """Parents and names of all processes, by number."""
+    found = {}
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
             fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
         except OSError:
             continue  # it has ended
-        if fields["Name"] == name and int(fields["PPid"]) == pid:
-            found.append(int(fields["Pid"]))
-    return sorted(found)
+        found[int(fields["Pid"])] = int(fields["PPid"]), fields["Name"]
+    return dict(sorted(found.items()))
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:

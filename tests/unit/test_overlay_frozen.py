@@ -14,6 +14,7 @@ from tests.unit.test_overlay import PAGE_OF_DISK, Hole
 from xbfs.view.overlay import Layer, Region, create_overlay, freeze_all
 from xbfs.view.overlay.files import make_files
 from xbfs.view.overlay.opening import begin
+from xbfs.view.overlay.recent import RecentMarks, boot_id
 from xbfs_engine.core.limits import GIB, MIB
 from xbfs_engine.core.runtime import SystemClock
 
@@ -79,7 +80,7 @@ class Between:
 def test_a_write_between_the_state_and_the_bytes_is_not_in_a_cached_read(tmp_path: Path) -> None:
     files = make_files(tmp_path / "o")
     data = Between(files.data)
-    with begin(files._replace(data=data), BASE, identity=b"") as overlay:
+    with begin(files._replace(data=data), BASE, RecentMarks(files.recent, boot_id()), identity=b"") as overlay:
         overlay.write_at(0, [b"a" * UNIT])
         (frozen,) = freeze_all([overlay])
         assert frozen.read_cached(0, UNIT) in (None, b"a" * UNIT)

@@ -39,6 +39,8 @@ _LOG_LIMIT_BYTES: Final = 4 << 20
 _TAIL_BYTES: Final = 2000
 _TAIL_LINES: Final = 8
 _TOLD_LINES: Final = 3
+_KILLED: Final = "trap 'kill -KILL $!; wait' TERM; \"$@\" & wait $!"
+"""A shell between, which the kernel tells that we died: programs may ask it to tell them otherwise than we wish."""
 _PATH: Final = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 _log = Logger("xbfs.serve")
@@ -51,6 +53,7 @@ class Program:
     ``directory``: what it serves; the program is started anew if another file system is mounted there.
     ``hint`` of the last lines of its log: what to do about them, "" if nothing is known.
     ``settings``: a file that it reads again at SIGHUP, which it gets when the file is replaced.
+    ``is_killed``: when it is to end, or we do: at SIGTERM it tells its clients errors, which they take for the disk's.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Program:
     log: Path
     hint: Callable[[str], str]
     settings: Path | None = None
+    is_killed: bool = False
 
 
 async def keep_running(
@@ -130,8 +134,9 @@ def _start(program: Program) -> subprocess.Popen[bytes]:
         with program.log.open("ab") as log:
             # setpriv has the kernel end the child with us; a function between fork and exec would not be safe: the
             # live server has threads.
+            how = ("TERM", "--", "/bin/sh", "-c", _KILLED, "sh") if program.is_killed else ("KILL", "--")
             return subprocess.Popen(
-                ("/usr/bin/setpriv", "--pdeathsig", "KILL", "--", found, *program.arguments()),
+                ("/usr/bin/setpriv", "--pdeathsig", *how, found, *program.arguments()),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -29,6 +30,10 @@ _CREATE: Final = 6
 _APART: Final = 256
 """How many lower numbers others find free; below the 1024 descriptors that a process may have open."""
 
+_FREED_S: Final = 2.0
+"""What a mount of a server that died gets to go: its last clients are being killed."""
+_POLL_S: Final = 0.05
+
 _log = Logger("xbfs.serve")
 
 
@@ -36,12 +41,15 @@ _log = Logger("xbfs.serve")
 def same_device(kept: Path, directory: Path) -> Iterator[None]:
     """What is mounted on ``directory`` inside ``with`` has the device number in the file ``kept``, made if need be.
 
-    Does what it can: without rights, or if the number is taken, handles of before are stale, which is logged.
+    Does what it can: without rights, or if the number is taken, handles of before are stale, which is logged. May block
+    for two seconds.
     """
     with ExitStack() as placeholders:
         wanted = _read(kept)
         try:
-            _take_lower(placeholders, wanted)
+            until_s = time.monotonic() + _FREED_S
+            while not _take_lower(placeholders, wanted) and time.monotonic() < until_s:
+                time.sleep(_POLL_S)
         except OSError as exc:
             _log.info("device_numbers_can_not_be_kept", problem=str(exc))
         yield
@@ -62,15 +70,15 @@ def _read(kept: Path) -> int | None:
     return None
 
 
-def _take_lower(placeholders: ExitStack, wanted: int | None) -> None:
-    """Leave ``wanted`` as the lowest free number, or some high one. Raises OSError."""
+def _take_lower(placeholders: ExitStack, wanted: int | None) -> bool:
+    """Leave ``wanted`` as the lowest free number, or some high one; whether it is. Raises OSError."""
     taken = 0
     while True:
         descriptor = _file_system()
         minor = os.minor(os.fstat(descriptor).st_dev)
         if (wanted is None and taken == _APART) or (wanted is not None and minor >= wanted):
             os.close(descriptor)
-            return
+            return wanted is None or minor == wanted
         placeholders.callback(os.close, descriptor)
         taken += 1
 

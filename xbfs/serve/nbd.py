@@ -125,7 +125,8 @@ def _program(export: NbdExport, name: str, where: Callable[[], tuple[str, ...]])
     def arguments() -> tuple[str, ...]:
         return ("--foreground", "--log=stderr", *where(), "file", f"dir={export.directory}")
 
-    return Program("nbdkit", arguments, "nbdkit", export.directory, export.state / f"nbdkit-{name}.log", lambda _: "")
+    log = export.state / f"nbdkit-{name}.log"
+    return Program("nbdkit", arguments, "nbdkit", export.directory, log, lambda _: "", is_killed=True)
 
 
 def _without(unix: Path) -> Path:

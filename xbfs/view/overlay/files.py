@@ -1,4 +1,4 @@
-"""The three files of an overlay, and the lock on them: the seam to the file system, where OSErrors become typed.
+"""The four files of an overlay, and the lock on them: the seam to the file system, where OSErrors become typed.
 
 Owns how the files come to be and how a failed system call is told; what is in them is others'. ``StateFile`` is what
 a test puts a model of a disk behind. Any thread may call a file until it is closed, which nobody may do during a call.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-HEADER, DATA, MAP = "header", "data", "map"
+HEADER, DATA, MAP, RECENT = "header", "data", "map", "recent"
 """Names of the files."""
 DIRECTORY_MODE: Final = 0o700
 FILE_MODE: Final = 0o600
@@ -108,10 +108,11 @@ class StateFiles(NamedTuple):
     header: StateFile
     data: StateFile
     map: StateFile
+    recent: StateFile
 
     def close(self) -> None:
         """Close all, the one with the lock last."""
-        for file in (self.data, self.map, self.header):
+        for file in (self.data, self.map, self.recent, self.header):
             file.close()
 
 
@@ -160,6 +161,8 @@ def _open_all(directory: Path, flags: int) -> StateFiles:
             files += [_open(directory / name, os.O_RDWR | flags) for name in (DATA, MAP)]
         except BlobNotFound as exc:
             raise IntegrityError(exc.message, hint="a file of the overlay was removed: begin a new one") from exc
+        # Tells nothing when the machine was down, so it may well have been lost then.
+        files.append(_open(directory / RECENT, os.O_RDWR | os.O_CREAT))
         return StateFiles(*files)
     except BaseException:
         for file in files:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from xbfs.view.overlay.files import existing_files, header_content, make_files
 from xbfs.view.overlay.header import FILE_BYTES, IDENTITY_BYTES_MAX, Header, decode
 from xbfs.view.overlay.overlay import Overlay
+from xbfs.view.overlay.recent import RecentMarks, boot_id
 from xbfs.view.overlay.state import store
 from xbfs_engine.core.errors import BlobNotFound, IntegrityError, OverlayMismatch, TargetExists, UsageError
 from xbfs_engine.core.limits import DISK_SIZE_MAX
@@ -29,21 +30,22 @@ def create_overlay(directory: Path, base: RandomAccess, *, identity: bytes) -> O
     """
     files = make_files(directory)
     try:
-        return begin(files, base, identity=identity)
+        return begin(files, base, RecentMarks(files.recent, boot_id()), identity=identity)
     except BaseException:
         files.close()
         raise
 
 
 def open_overlay(directory: Path, base: RandomAccess, *, identity: bytes) -> Overlay:
-    """The overlay in ``directory``, as its last flush left it or younger; reads the whole map.
+    """The overlay in ``directory``, as its last flush left it or younger; reads the whole map. If nothing but its
+    process died since, it is as that left it.
 
     Raises BlobNotFound if there is none, OverlayInUse, OverlayMismatch if it lies over another disk, FormatTooNew,
     IntegrityError, StorageError.
     """
     files = existing_files(directory)
     try:
-        return resume(files, base, identity=identity)
+        return resume(files, base, RecentMarks(files.recent, boot_id()), identity=identity)
     except BaseException:
         files.close()
         raise
@@ -57,7 +59,7 @@ def read_header(directory: Path) -> Header:
     return header
 
 
-def begin(files: StateFiles, base: RandomAccess, *, identity: bytes) -> Overlay:
+def begin(files: StateFiles, base: RandomAccess, recent: RecentMarks, *, identity: bytes) -> Overlay:
     """A new overlay in empty ``files``, durable when this returns. Raises TargetExists, UsageError, StorageError."""
     if len(identity) > IDENTITY_BYTES_MAX:
         raise UsageError(f"an identity of {len(identity)} bytes: at most {IDENTITY_BYTES_MAX} fit the header")
@@ -71,10 +73,12 @@ def begin(files: StateFiles, base: RandomAccess, *, identity: bytes) -> Overlay:
     files.data.sync()
     header = Header(identity, base_size=size, base_limit=size, size=size)
     store(files.header, header)
-    return Overlay(files, base, header)
+    overlay = Overlay(files, base, header, recent)
+    overlay.settle()
+    return overlay
 
 
-def resume(files: StateFiles, base: RandomAccess, *, identity: bytes) -> Overlay:
+def resume(files: StateFiles, base: RandomAccess, recent: RecentMarks, *, identity: bytes) -> Overlay:
     """The overlay in ``files`` as its last flush left it, or younger. Ends what a crash cut short.
 
     Raises BlobNotFound, OverlayMismatch, FormatTooNew, IntegrityError, StorageError.
@@ -91,7 +95,7 @@ def resume(files: StateFiles, base: RandomAccess, *, identity: bytes) -> Overlay
     if length < header.size:
         hint = "the data file was cut: bring it back from a copy, or begin a new overlay"
         raise IntegrityError(f"the overlay has {length} of {header.size} bytes", hint=hint)
-    overlay = Overlay(files, base, header)
+    overlay = Overlay(files, base, header, recent)
     # One copy may be torn or older: the next change must not meet a good one beside a bad one.
     store(files.header, header)
     overlay.settle()

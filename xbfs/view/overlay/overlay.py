@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from xbfs.view.base import Part, RandomAccess
     from xbfs.view.overlay.files import StateFile, StateFiles
     from xbfs.view.overlay.header import Header
+    from xbfs.view.overlay.recent import RecentMarks
     from xbfs_engine.core.runtime import Clock
 
 _DATA_STATE: Final = bytes([DATA])
@@ -42,15 +43,16 @@ _ZERO_PIECE_UNITS: Final = 64 * PAGE_UNITS
 class Overlay:
     """A writable disk; made by ``create_overlay`` and ``open_overlay``, which lock it until ``close``.
 
-    Writes are seen by all reads that begin after them at once, and survive crashes once a ``flush`` that began after
-    them has returned. Without it any of them may be lost, 512 bytes by 512 bytes, as on a disk with a write cache.
+    Writes are seen by all reads that begin after them at once, and survive the end of the process. They survive that
+    of the machine once a ``flush`` that began after them has returned; without it any of them may be lost then, 512
+    bytes by 512 bytes, as on a disk with a write cache.
     Reading raises IntegrityError (never wrong bytes) or StorageError, of the base or of the overlay's files. A write
     that gives StorageFull, for want of room, can be repeated, and flushing goes on. After a sync that failed nothing
     can be written any more: what the disk has is not known until the overlay is opened anew.
     """
 
-    def __init__(self, files: StateFiles, base: RandomAccess, header: Header) -> None:
-        self._state = State(files, header)
+    def __init__(self, files: StateFiles, base: RandomAccess, header: Header, recent: RecentMarks) -> None:
+        self._state = State(files, header, recent)
         self._base = base
         self._reader = Reader(self._state, base)
         self._is_closed = False
@@ -252,7 +254,7 @@ class Overlay:
         return self._state.is_passed
 
     def settle(self) -> None:
-        """End what a crash cut short; for opening."""
+        """End what a crash cut short; for who makes or opens it, before anything else."""
         self._state.recover()
 
     def _change(self, first: int, last: int, change: Callable[[], None]) -> None:

@@ -6,7 +6,7 @@ the bytes of a unit are is ``overlay``'s. Any thread may call anything; where th
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Lock
 from typing import TYPE_CHECKING, Final
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from xbfs.view.overlay.files import StateFile, StateFiles
     from xbfs.view.overlay.freeze import Saved
+    from xbfs.view.overlay.recent import RecentMarks
 
 _ZERO_BYTES: Final = 64 * MIB
 """Written at once where no hole can be made: the same buffer over and over."""
@@ -44,8 +45,9 @@ def store(file: StateFile, header: Header) -> None:
 class State:
     """What is open of an overlay. Writers hold ``ranges`` for the units they change; readers hold nothing."""
 
-    def __init__(self, files: StateFiles, header: Header) -> None:
+    def __init__(self, files: StateFiles, header: Header, recent: RecentMarks) -> None:
         self._files = files
+        self._recent = recent
         self._rounds = Rounds(self._sync)
         self._is_data_unsynced = False
         self._failure: XbfsError | None = None
@@ -141,6 +143,7 @@ class State:
     def recover(self) -> None:
         """End what a crash cut short, durably; nobody else is there."""
         self.settle()
+        self._remember()
         pages = -(-self.header.size // (UNIT * PAGE_UNITS))
         claims = self._files.header.read_at(CLAIMS_OFFSET, pages)
         for number in [number for number, claim in enumerate(claims) if claim]:
@@ -151,6 +154,9 @@ class State:
                     self.map.mark(first, last, DATA)
         if claims:
             self._unclaim()
+        self.flush()
+        self._recent.begin()
+        self.map.recent = self._recent
 
     def close(self) -> None:
         """Flush, unless something failed, and let go of the files and the lock. Raises as ``flush``."""
@@ -165,6 +171,17 @@ class State:
                 self.saved.close()
                 self.saved = None
             self._files.close()
+
+    def _remember(self) -> None:
+        """Have the marks that a killed process had made; the bytes they tell of were written before."""
+        units = -(-self.header.size // UNIT)
+        for first, last, state in self._recent.left():
+            end = min(last, units)
+            if first < end:
+                self.admit()
+                self.map.reserve(first, end)
+                self.wrote()
+                self.map.mark(first, end, state)
 
     def _claim(self, low: int, high: int) -> None:
         """Have pages [low, high) of the map claimed. Once for each, until the overlay is closed."""
@@ -218,4 +235,7 @@ class State:
             yield
         except XbfsError as exc:
             self._failure = self._failure or exc
+            # Bytes that a sync could not write may be gone although they were marked.
+            with suppress(XbfsError):
+                self._recent.void()
             raise

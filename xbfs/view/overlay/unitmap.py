@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from xbfs.view.overlay.files import StateFile
+    from xbfs.view.overlay.recent import RecentMarks
 
 UNIT: Final = 4 * KIB
 """Bytes of a unit: what file systems of guests and the page cache write; bigger ones are filled from the base more."""
@@ -63,6 +64,9 @@ class UnitMap:
         self._reserved: set[int] = set()
         # Units by state; of ABSENT it is a difference that nobody asks for.
         self._counts = [0, 0, 0, 0]
+        # Where marks go beside, for the case that this process is killed; and up to where they were taken.
+        self.recent: RecentMarks | None = None
+        self._recent_taken = 0
 
     @property
     def is_crowded(self) -> bool:
@@ -70,7 +74,8 @@ class UnitMap:
 
         They can not leave the memory: half of it is for others.
         """
-        return len(self._dirty) >= self._pages_max // 2
+        is_full = self.recent is not None and self.recent.is_crowded
+        return is_full or len(self._dirty) >= self._pages_max // 2
 
     def count(self, state: int) -> int:
         """How many units are in ``state``; not ABSENT."""
@@ -136,7 +141,7 @@ class UnitMap:
                 self._reserved.add(number)
 
     def mark(self, first: int, last: int, state: int) -> None:
-        """Set the state of units [first, last), in memory."""
+        """Set the state of units [first, last): in memory, then among the recent marks."""
         for low, high in _by_page(first, last):
             number = low // PAGE_UNITS
             start, length = low % PAGE_UNITS, high - low
@@ -147,11 +152,15 @@ class UnitMap:
                 self._counts[state] += length
                 page[start : start + length] = bytes([state]) * length
                 self._dirty.add(number)
+            if self.recent is not None:
+                self.recent.add(low, high, state)
 
     def taken(self) -> dict[int, bytes]:
         """The pages the file does not have, as they are now, for ``write``; followed by ``kept`` or ``lost``."""
         with self._lock:
             assert not self._underway
+            # Before the pages: a mark that was added by now is in them.
+            self._recent_taken = self.recent.position if self.recent is not None else 0
             self._dirty, self._underway = set(), self._dirty
             return {number: bytes(self._pages[number]) for number in sorted(self._underway)}
 
@@ -161,9 +170,11 @@ class UnitMap:
             self._file.write_at(number * PAGE_BYTES, [_packed(page)])
 
     def kept(self) -> None:
-        """The pages that were taken are in the file."""
+        """The pages that were taken are in the file, durably."""
         with self._lock:
             self._underway = set()
+        if self.recent is not None:
+            self.recent.forget(self._recent_taken)
 
     def lost(self) -> None:
         """The pages that were taken may not be in the file: they still wait."""

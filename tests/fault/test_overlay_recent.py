@@ -1,0 +1,80 @@
+"""Marks that a killed process left, when the disk fails or somebody else wrote them: never wrong bytes."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.disks import CHUNK, MemoryDisk
+from tests.support.overlays import FaultyFile, faulty
+from xbfs.view.overlay import open_overlay
+from xbfs.view.overlay.files import existing_files
+from xbfs.view.overlay.opening import resume
+from xbfs.view.overlay.recent import RecentMarks, boot_id
+from xbfs_engine.core.errors import StorageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+UNIT = 4096
+BASE = MemoryDisk.full(4 * CHUNK)
+CONTENT = BASE.read_at(0, BASE.size_bytes)
+
+
+def test_what_a_failed_sync_lost_is_not_shown_as_written(tmp_path: Path) -> None:
+    with faulty(tmp_path / "o", BASE) as (overlay, fails):
+        overlay.write_at(0, [b"x" * UNIT])
+        fails["data"]["sync"] = StorageError("medium error")
+        with pytest.raises(StorageError, match="medium error"):
+            overlay.flush()
+    # The process dies, and the kernel has dropped the page that it could not write.
+    with (tmp_path / "o" / "data").open("r+b") as data:
+        data.write(bytes(UNIT))
+    with open_overlay(tmp_path / "o", BASE, identity=b"") as again:
+        assert again.read_at(0, UNIT) == CONTENT[:UNIT]
+        again.write_at(0, [b"y"])
+
+
+def test_marks_that_another_process_left_are_lost_if_their_bytes_can_not_be_synced(tmp_path: Path) -> None:
+    with faulty(tmp_path / "o", BASE) as (overlay, _):
+        overlay.write_at(0, [b"x" * UNIT])
+    real = existing_files(tmp_path / "o")
+    files = real._replace(data=FaultyFile(real.data, {"sync": StorageError("medium error")}))
+    with pytest.raises(StorageError, match="medium error"):
+        resume(files, BASE, RecentMarks(files.recent, boot_id()), identity=b"")
+    real.close()
+    with (tmp_path / "o" / "data").open("r+b") as data:
+        data.write(bytes(UNIT))
+    with open_overlay(tmp_path / "o", BASE, identity=b"") as again:
+        assert again.read_at(0, UNIT) == CONTENT[:UNIT]
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 8192, b"\xff" * (1 << 20), b"x" * 4097, "another boot"])
+def test_recent_marks_of_nobody_are_none(tmp_path: Path, content: bytes | str) -> None:
+    with faulty(tmp_path / "o", BASE) as (overlay, _):
+        overlay.write_at(0, [b"x" * UNIT])
+    recent = tmp_path / "o" / "recent"
+    if isinstance(content, str):
+        recent.write_bytes(recent.read_bytes().replace(boot_id(), bytes(16)))
+    else:
+        recent.write_bytes(content)
+    for _ in range(2):
+        with open_overlay(tmp_path / "o", BASE, identity=b"") as again:
+            assert again.read_at(0, 4 * CHUNK) == CONTENT
+            again.write_at(UNIT, [CONTENT[UNIT : 2 * UNIT]])
+
+
+def test_marks_of_hostile_places_are_cut_to_the_disk(tmp_path: Path) -> None:
+    """Whoever can write there can write the data, too; but nothing may be read behind the end, or for ever."""
+    with faulty(tmp_path / "o", BASE) as (overlay, _):
+        overlay.write_at(0, [b"x" * UNIT])
+    with (tmp_path / "o" / "recent").open("r+b") as file:
+        for number, first in enumerate(((1 << 42) - 1, len(CONTENT) // UNIT - 1), 2):
+            file.seek(4096 + 32 * number)
+            file.write(boot_id() + struct.pack("<QQ", number, first << 22 | (1 << 22) - 3))
+    with open_overlay(tmp_path / "o", BASE, identity=b"") as again:
+        assert again.size_bytes == len(CONTENT)
+        assert again.data_bytes == 2 * UNIT
+        assert again.read_at(0, len(CONTENT)) == b"x" * UNIT + CONTENT[UNIT:-UNIT] + bytes(UNIT)
