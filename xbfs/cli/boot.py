@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from typing import TYPE_CHECKING, Final
@@ -49,6 +50,10 @@ def plan_of(arguments: argparse.Namespace, point: RestorePoint, runtime: Runtime
     disk_format = DiskFormat(arguments.format) if arguments.format else default
     if arguments.client and export is Export.FILE:
         raise UsageError("--client is for --export nbd and nfs", hint="leave it out, or choose an export")
+    if export is Export.NBD and disk_format is DiskFormat.VHD:
+        raise UsageError("a VHD grows as it is written to, and a disk on NBD can not", hint="leave --format vhd out")
+    if export is Export.NFS and os.geteuid() != 0:
+        raise UsageError("only root can serve NFS", hint="run it with sudo, or with --export nbd")
     if arguments.passthrough and (arguments.hydrate is None or disk_format is not DiskFormat.RAW):
         raise UsageError(
             "--passthrough is for raw disks that are copied to this machine", hint="add --hydrate, or leave it out"

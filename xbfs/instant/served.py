@@ -145,8 +145,10 @@ class Served:
                     self.problem = None
                     self.started.set()
             except* ExportFailed as group:
-                self.problem = cast("ExportFailed", group.exceptions[0])
-                _log.warning("a session is not exported", session=self.session.name, problem=str(self.problem))
+                problem = cast("ExportFailed", group.exceptions[0])
+                if self.problem is None or self.problem.message != problem.message:
+                    _log.warning("a session is not exported", session=self.session.name, problem=str(problem))
+                self.problem = problem
             self.started.set()
             await trio.sleep(RETRY_S)
 

@@ -25,7 +25,7 @@ from xbfs.serve.device import same_device
 from xbfs.vfs.live.tree import LiveTree
 from xbfs_engine.core.errors import ExportFailed, OverlayInUse, SessionBusy, SessionNotFound, XbfsError
 from xbfs_engine.core.log import Logger
-from xbfs_engine.storage.files import write_replace
+from xbfs_engine.storage.files import write_changed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -95,7 +95,7 @@ class LiveServer:
                     await nursery.start(until_gone)
                 await nursery.start(self._share.run)
                 await control.listen()
-                write_replace(self.state.control_file, [os.fsencode(control.path)])
+                write_changed(self.state.control_file, os.fsencode(control.path))
                 nursery.start_soon(control.serve)
                 for served in self.served.values():
                     nursery.start_soon(served.run, self._clock)

@@ -20,6 +20,7 @@ from xbfs_engine.core.errors import (
     IntegrityError,
     SessionExists,
     SessionNotFound,
+    StorageFull,
     UsageError,
     XbfsError,
 )
@@ -70,8 +71,10 @@ def create(state: StateDirectory, plan: Session, repository_id: str, bases: Mapp
                 create_overlay(overlay_directory(directory, disk), bases[disk.key], identity=identity).close()
                 place_stub(directory / TREE, disk.path, disk.key)
             write_new(directory / RECORD, [json.dumps(plan.to_record(), indent=1).encode()])
-        except BaseException:
+        except BaseException as exc:
             _take_away(state, plan.name)
+            if isinstance(exc, StorageFull):
+                raise StorageFull(exc.message, hint=f"free space where sessions are kept: {state.path}") from exc
             raise
 
 

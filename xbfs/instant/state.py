@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 VARIABLE: Final = "XBFS_STATE"
 _SYSTEM: Final = Path("/var/lib/xbfs")
+_PID_BYTES: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +77,15 @@ class StateDirectory:
         self.make()
         path = self.path / "server.lock"
         try:
-            with _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                path.write_text(str(os.getpid()))
+            with _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB) as descriptor:
+                # It only tells who it is. In its place, always as long: a full disk has room for that.
+                with suppress(OSError):
+                    os.pwrite(descriptor, f"{os.getpid():<{_PID_BYTES}}".encode(), 0)
                 yield
         except BlockingIOError:
             raise SessionBusy(
-                f"process {path.read_text() or '?'} serves the sessions already", hint="end it with SIGTERM, or let it"
+                f"process {path.read_text().strip() or '?'} serves the sessions already",
+                hint="end it with SIGTERM, or let it",
             ) from None
 
 
@@ -98,13 +102,14 @@ def state_of(repository_id: str, environment: Mapping[str, str]) -> StateDirecto
 
 
 @contextmanager
-def _lock(path: Path, how: int) -> Iterator[None]:
+def _lock(path: Path, how: int) -> Iterator[int]:
+    """Inside ``with``; the file's descriptor."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as exc:
         raise storage_error(exc, f"lock {path}") from exc
     try:
         fcntl.flock(descriptor, how)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)

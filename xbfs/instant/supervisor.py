@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from xbfs_engine.core import errors
@@ -131,7 +130,7 @@ def _become_server(serve: Serve, writer: int, supervisor: int) -> NoReturn:
             status = _NOT_NEEDED
     except XbfsError as exc:
         status = exc.exit_code
-        sys.stderr.write(f"{type(exc).__name__}: {exc}\n")
+        _log.error("the live server ended", error=type(exc).__name__, problem=str(exc))
         _say(writer, json.dumps({"error": type(exc).__name__, "message": exc.message, "hint": exc.hint}).encode())
     except KeyboardInterrupt:
         pass
@@ -139,7 +138,6 @@ def _become_server(serve: Serve, writer: int, supervisor: int) -> NoReturn:
         _log.error("the live server failed for a reason of our own", exc_info=exc)
         _say(writer, json.dumps({"error": "", "message": f"the live server failed: {exc!r}", "hint": ""}).encode())
     finally:
-        sys.stderr.flush()
         os._exit(status)
 
 

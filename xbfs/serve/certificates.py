@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from xbfs.serve.child import STATE_HINT
 from xbfs_engine.core.errors import ExportFailed, StorageError
 from xbfs_engine.storage.files import make_directories, write_replace
 
@@ -51,7 +52,9 @@ def make_certificates(state: Path, names: Iterable[str], clock: Clock) -> Direct
         try:
             _write(found, wanted, now)
         except StorageError as exc:
-            raise ExportFailed(f"the certificates of the NBD export can not be written: {exc}", hint=exc.hint) from exc
+            raise ExportFailed(
+                f"the certificates of the NBD export can not be written: {exc.message}", hint=STATE_HINT
+            ) from exc
     return found
 
 

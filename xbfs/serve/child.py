@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 START_DEADLINE_S: Final = 15.0
 """In which a program serves: a client of NFS waits 20 s (nfs-timeout of an SR) for all of a restart."""
+STATE_HINT: Final = "see to room and rights where sessions are kept (XBFS_STATE)"
 _POLL_S: Final = 0.05
 _WATCH_S: Final = 1.0
 _STOP_S: Final = 3.0

@@ -17,7 +17,7 @@ from urllib.parse import quote
 import trio
 
 from xbfs.serve.certificates import Directories, make_certificates
-from xbfs.serve.child import Program, answers, check_free, keep_running
+from xbfs.serve.child import STATE_HINT, Program, answers, check_free, keep_running
 from xbfs_engine.core.errors import ExportFailed, StorageError
 from xbfs_engine.core.runtime import Clock, SystemClock
 from xbfs_engine.storage.files import make_directories, write_replace
@@ -86,7 +86,7 @@ async def serve_nbd(
         make_directories(export.state)
         port = _port(export)
     except StorageError as exc:
-        raise ExportFailed(f"the state of the NBD export can not be kept: {exc}", hint=exc.hint) from exc
+        raise ExportFailed(f"the state of the NBD export can not be kept: {exc.message}", hint=STATE_HINT) from exc
     network: tuple[str, ...] = ("--ipaddr", export.address, "--port", str(port))
     certificates: Directories | None = None
     if export.tls:

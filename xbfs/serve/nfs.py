@@ -16,10 +16,10 @@ from urllib.parse import quote
 
 import trio
 
-from xbfs.serve.child import Program, answers, check_free, keep_running
+from xbfs.serve.child import STATE_HINT, Program, answers, check_free, keep_running
 from xbfs_engine.core.errors import ExportFailed, StorageError
 from xbfs_engine.core.runtime import Clock, SystemClock
-from xbfs_engine.storage.files import make_directories, write_replace
+from xbfs_engine.storage.files import make_directories, write_changed, write_replace
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -122,9 +122,9 @@ def _configure(export: NfsExport) -> Path:
     recovery, settings = export.state / "recovery", export.state / "ganesha.conf"
     try:
         make_directories(recovery)
-        write_replace(settings, [_configuration(export, recovery).encode()])
+        write_changed(settings, _configuration(export, recovery).encode())
     except StorageError as exc:
-        raise ExportFailed(f"the state of the NFS export can not be kept: {exc}", hint=exc.hint) from exc
+        raise ExportFailed(f"the state of the NFS export can not be kept: {exc.message}", hint=STATE_HINT) from exc
     return settings
 
 
@@ -194,7 +194,7 @@ def _next_start(kept: Path, clock: Clock) -> int:
     try:
         write_replace(kept, [str(start).encode()])
     except StorageError as exc:
-        raise ExportFailed(f"the state of the NFS export can not be kept: {exc}", hint=exc.hint) from exc
+        raise ExportFailed(f"the state of the NFS export can not be kept: {exc.message}", hint=STATE_HINT) from exc
     return start
 
 

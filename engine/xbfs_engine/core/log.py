@@ -6,6 +6,7 @@ structlog is imported at the first event: most commands log nothing and should s
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -64,7 +65,18 @@ def configure(level: str, *, json: bool = False) -> None:
             render,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        # Not PrintLoggerFactory(sys.stderr): standard error may be another file by the time of the event.
-        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
+        logger_factory=lambda *_: _Lines(),
         cache_logger_on_first_use=False,
     )
+
+
+class _Lines:
+    """Lines to standard error, as it is at the time of the event. One that can not be written, to a full disk or a
+    terminal that is gone, is lost: whoever logs it has other work to do."""
+
+    def msg(self, message: str) -> None:
+        with suppress(OSError, ValueError):
+            sys.stderr.write(f"{message}\n")
+            sys.stderr.flush()
+
+    debug = info = warning = error = msg

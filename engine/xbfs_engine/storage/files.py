@@ -94,6 +94,14 @@ def write_replace(path: Path, parts: Sequence[Buffer]) -> None:
     _write(path, parts, path.parent, replace=True)
 
 
+def write_changed(path: Path, data: bytes) -> None:
+    """``write_replace``, unless that is in the file already: then it needs no room. Raises the same."""
+    with suppress(OSError):
+        if path.read_bytes() == data:
+            return
+    write_replace(path, [data])
+
+
 def make_directories(path: Path) -> None:
     """Create ``path`` and its missing parents, accessible to the owner only, durably. Raises StorageError."""
     if path.is_dir():
