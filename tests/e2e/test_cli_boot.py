@@ -172,6 +172,18 @@ def test_a_session_that_is_begun_just_when_the_server_ends_is_served_by_the_next
     assert not set(ending) & set(world.processes())
 
 
+def test_a_server_that_lost_its_socket_is_told_of_and_found_again(world: BootWorld) -> None:
+    world.boot("one")
+    supervisor = world.supervisor()
+    Path((world.state / "control").read_text()).unlink()
+    problem = world.sessions()["one"]["problem"]
+    assert f"process {supervisor}" in problem["message"]
+    assert f"kill {supervisor}" in problem["hint"]
+    write(world.boot("two"), 0)
+    assert world.sessions()["one"]["served"]
+    assert world.supervisor() == supervisor
+
+
 def test_without_a_server_sessions_are_discarded_too(world: BootWorld) -> None:
     world.boot("dead")
     world.end()

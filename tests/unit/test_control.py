@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xbfs.control import client, place, wire
+from xbfs.control import server as server_module
 from xbfs.control.server import ControlServer
 from xbfs_engine.core.errors import GuestLocked, MountError, XbfsError
 
@@ -175,3 +176,36 @@ def test_a_verb_that_nobody_knows_is_refused(tmp_path: Path) -> None:
             server.close()
 
     trio.run(asked)
+
+
+def test_a_server_whose_socket_was_taken_away_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "LOOK_S", 0.05)
+    path = tmp_path / "runtime" / "s"
+    path.parent.mkdir()
+
+    async def look(_: Mapping[str, object], __: AsyncExitStack) -> object:
+        return "here"
+
+    def asked() -> object:
+        with client.Control(path) as control:
+            return control.ask(wire.Request("look", {}))
+
+    async def both() -> None:
+        server = ControlServer(path, {"look": look})
+        await server.listen()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(server.serve)
+                assert await trio.to_thread.run_sync(asked) == "here"
+                path.unlink()
+                path.parent.rmdir()
+                with trio.fail_after(10):
+                    while not path.exists():  # noqa: ASYNC110 - it tells nobody
+                        await trio.sleep(0.01)
+                assert await trio.to_thread.run_sync(asked) == "here"
+                nursery.cancel_scope.cancel()
+        finally:
+            server.close()
+
+    trio.run(both)
+    assert not path.exists()

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 REQUEST_S: Final = 5.0
 """What a command gets to send its first request once it is connected."""
 CONNECTIONS_MAX: Final = 32
+LOOK_S: Final = 5.0
+"""How often a server that nobody asks looks whether it can be found: who logs out takes XDG_RUNTIME_DIR along."""
 _BACKLOG: Final = 4
 
 _log = Logger("xbfs.control")
@@ -34,12 +36,12 @@ class ControlServer:
     def __init__(self, path: Path, handlers: Mapping[str, Handler]) -> None:
         self.path = path
         self._handlers = handlers
-        self._listener = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_SEQPACKET)
-        self._bound = False
+        self._listener = _socket()
+        self._bound: int | None = None
 
     async def listen(self) -> None:
         """Begin to listen. Raises MountError."""
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             self.path.unlink()
         mask = os.umask(0o177)
         try:
@@ -49,7 +51,7 @@ class ControlServer:
         finally:
             os.umask(mask)
         self._listener.listen(_BACKLOG)
-        self._bound = True
+        self._bound = self._found()
 
     async def serve(self) -> None:
         """Answer requests for ever."""
@@ -67,15 +69,37 @@ class ControlServer:
 
             while True:
                 await places.acquire()
-                connection, _ = await self._listener.accept()
-                nursery.start_soon(converse, connection)
+                nursery.start_soon(converse, await self._accepted())
 
     def close(self) -> None:
         """Let go of the socket."""
         self._listener.close()
-        if self._bound:
+        if self._bound is not None and self._bound == self._found():
             with suppress(OSError):
                 self.path.unlink()
+
+    async def _accepted(self) -> trio.socket.SocketType:
+        """The next connection. Listens anew if the socket is gone, as soon as that can be."""
+        while True:
+            with trio.move_on_after(LOOK_S):
+                connection, _ = await self._listener.accept()
+                return connection
+            if self._found() is None:
+                self._listener.close()
+                self._listener = _socket()
+                with suppress(OSError):
+                    self.path.parent.mkdir(0o700)
+                try:
+                    await self.listen()
+                except MountError as exc:
+                    _log.info("commands do not find this server", problem=exc.message)
+
+    def _found(self) -> int | None:
+        """The inode of what is at the socket's path."""
+        try:
+            return self.path.lstat().st_ino
+        except OSError:
+            return None
 
     async def _converse(self, connection: trio.socket.SocketType) -> None:
         if not place.is_trusted(connection):
@@ -107,3 +131,7 @@ class ControlServer:
         except Exception as exc:  # noqa: BLE001 - a bug there must not end the server
             _log.error("a request on the control socket failed for a reason of our own", exc_info=exc)
             return MountError(f"the server failed over this request: {type(exc).__name__}")
+
+
+def _socket() -> trio.socket.SocketType:
+    return trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_SEQPACKET)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 START_S: Final = 40.0
 """In which somebody else's start of the server has to succeed."""
+_REACH_HINT: Final = "run this as the user who started it, or end it (kill {}) and run this again"
 _POLL_S: Final = 0.1
 _PATH_MAX: Final = 4096
 
@@ -96,7 +97,10 @@ def running(repository: Repository) -> list[Running]:
             answer = control.ask(wire.Request("list", {}))
             told = {str(record["name"]): record for record in map(_record, cast("list[object]", answer))}
     except LiveServerDown:
-        pass
+        server = state.server()
+        if server is not None:
+            problem = [f"process {server} serves it and can not be reached", _REACH_HINT.format(server)]
+            told = {stored.name: {"problem": problem} for stored in sessions.stored(state)}
     return [_running(stored, told.get(stored.name, {})) for stored in sessions.stored(state)]
 
 
@@ -134,7 +138,7 @@ def ensure_server(repository: Repository, catalog: Catalog, index: Locator) -> N
         except SessionBusy as exc:
             busy = exc
             time.sleep(_POLL_S)
-    raise LiveServerDown(f"the live server does not answer: {busy}", hint=f"its log is {state.log_file}")
+    raise _unreachable(state, busy)
 
 
 def serve(
@@ -173,6 +177,13 @@ def connected(state: StateDirectory) -> Iterator[Control]:
         raise LiveServerDown(f"nobody serves the sessions of this repository: {exc.message}") from exc
 
 
+def _unreachable(state: StateDirectory, why: SessionBusy | None) -> LiveServerDown:
+    """Of a server that is there, or that ends as soon as it was started."""
+    server = state.server()
+    hint = f"its log is {state.log_file}" if server is None else _REACH_HINT.format(server)
+    return LiveServerDown(f"the live server can not be reached: {why}", hint=hint)
+
+
 def _opened(repository: Repository, catalog: Catalog, index: Locator, name: str) -> object:
     """What the server answers of a new session: one that was about to end for want of sessions may not any more."""
     clock = repository.runtime.clock
@@ -188,7 +199,7 @@ def _opened(repository: Repository, catalog: Catalog, index: Locator, name: str)
 
 
 def _discard(state: StateDirectory, name: str, clock: Clock, *, force: bool) -> None:
-    """By the server, or while there is none: nobody else may have the session open."""
+    """By the server, or by ourselves while nobody has the session open."""
     until_s = clock.monotonic_s() + START_S
     record = state.session(name) / RECORD
     while True:
@@ -202,11 +213,11 @@ def _discard(state: StateDirectory, name: str, clock: Clock, *, force: bool) -> 
         if is_done:
             return
         try:
-            with state.serving(), state.changing():
+            with state.changing():
                 sessions.erase(state, name)
         except SessionBusy as exc:
             if clock.monotonic_s() > until_s:
-                raise LiveServerDown(f"the live server does not answer: {exc}") from exc
+                raise _unreachable(state, exc) from exc
             time.sleep(_POLL_S)
         else:
             return

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 RECORD: Final = "session.json"
+OVERLAYS: Final = "overlays"
+"""A session's directory of overlays."""
 TREE: Final = "tree"
 _VERSION: Final = 1
 
@@ -119,7 +121,7 @@ def session_of(record: object) -> Session:
 
 def overlay_directory(session: Path, disk: SessionDisk) -> Path:
     """Where the overlay of a disk lies in the session's directory."""
-    return session / "overlays" / disk.key
+    return session / OVERLAYS / disk.key
 
 
 def _disk_of(record: Mapping[str, object]) -> SessionDisk:

@@ -12,12 +12,13 @@ import shutil
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from xbfs.instant.session import RECORD, TREE, overlay_directory, session_of
+from xbfs.instant.session import OVERLAYS, RECORD, TREE, overlay_directory, session_of
 from xbfs.vfs.live.stubs import place_stub
-from xbfs.view.overlay import create_overlay
+from xbfs.view.overlay import create_overlay, is_open
 from xbfs_engine.core.errors import (
     BlobNotFound,
     IntegrityError,
+    SessionBusy,
     SessionExists,
     SessionNotFound,
     StorageFull,
@@ -64,7 +65,7 @@ def create(state: StateDirectory, plan: Session, repository_id: str, bases: Mapp
         if len(names(state)) >= SESSIONS_MAX:
             raise UsageError(f"there are {SESSIONS_MAX} sessions already", hint="`xbfs boot discard` those not needed")
         try:
-            make_directories(directory / "overlays")
+            make_directories(directory / OVERLAYS)
             make_directories(directory / TREE)
             for disk in plan.disks:
                 identity = disk.identity(repository_id, plan.point)
@@ -118,9 +119,13 @@ def load(state: StateDirectory, name: str) -> Session:
 
 
 def erase(state: StateDirectory, name: str) -> None:
-    """Have a session that nobody serves no more; for who is ``changing``. Raises SessionNotFound, StorageError."""
+    """Have a session no more; for who is ``changing``. Raises SessionNotFound, SessionBusy if somebody has a disk of it
+    open, StorageError."""
     if not _NAME.fullmatch(name):
         raise SessionNotFound(f"there is no session {name}")
+    for overlay in (state.session(name) / OVERLAYS).glob("*"):
+        if is_open(overlay):
+            raise SessionBusy(f"disk {overlay.name} of session {name} is open")
     try:
         remove(state.session(name) / RECORD)
     except BlobNotFound:

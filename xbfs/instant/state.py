@@ -71,11 +71,26 @@ class StateDirectory:
         with _lock(self.path / "sessions.lock", fcntl.LOCK_EX):
             yield
 
+    def server(self) -> int | None:
+        """The process that is ``serving``, if that can be told."""
+        with suppress(OSError, ValueError):
+            pid = int(self._server_lock.read_text())
+            lock = self._server_lock.stat()
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(OSError):
+                    if os.path.samestat(descriptor.stat(), lock):
+                        return pid
+        return None
+
+    @property
+    def _server_lock(self) -> Path:
+        return self.path / "server.lock"
+
     @contextmanager
     def serving(self) -> Iterator[None]:
         """Only one process, with those it forks, serves the sessions. Raises SessionBusy, StorageError."""
         self.make()
-        path = self.path / "server.lock"
+        path = self._server_lock
         try:
             with _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB) as descriptor:
                 # It only tells who it is. In its place, always as long: a full disk has room for that.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from xbfs.view.overlay.files import is_open
 from xbfs.view.overlay.freeze import FrozenOverlay
 from xbfs.view.overlay.header import IDENTITY_BYTES_MAX, Header
 from xbfs.view.overlay.opening import create_overlay, open_overlay, read_header
@@ -17,6 +18,7 @@ __all__ = [
     "Region",
     "create_overlay",
     "freeze_all",
+    "is_open",
     "open_overlay",
     "read_header",
 ]

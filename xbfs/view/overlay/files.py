@@ -142,6 +142,21 @@ def existing_files(directory: Path) -> StateFiles:
     return _open_all(directory, 0)
 
 
+def is_open(directory: Path) -> bool:
+    """Whether a process has the overlay in ``directory`` open; not if there is none. Raises StorageError."""
+    try:
+        file = _open(directory / HEADER, os.O_RDWR)
+    except BlobNotFound:
+        return False
+    try:
+        file.lock()
+    except OverlayInUse:
+        return True
+    finally:
+        file.close()
+    return False
+
+
 def header_content(directory: Path, length: int) -> bytes:
     """The beginning of the header file, without the lock. Raises BlobNotFound, StorageError."""
     file = _open(directory / HEADER, os.O_RDONLY)
