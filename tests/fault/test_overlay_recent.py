@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from threading import Event
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,7 @@ from xbfs.view.overlay.files import existing_files
 from xbfs.view.overlay.opening import resume
 from xbfs.view.overlay.recent import RecentMarks, boot_id
 from xbfs_engine.core.errors import StorageError
+from xbfs_engine.core.runtime import SystemClock
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,3 +80,19 @@ def test_marks_of_hostile_places_are_cut_to_the_disk(tmp_path: Path) -> None:
         assert again.size_bytes == len(CONTENT)
         assert again.data_bytes == 2 * UNIT
         assert again.read_at(0, len(CONTENT)) == b"x" * UNIT + CONTENT[UNIT:-UNIT] + bytes(UNIT)
+
+
+@pytest.mark.parametrize("is_same_boot", [True, False])
+def test_what_was_copied_is_still_a_copy_unless_marks_are_lost(tmp_path: Path, is_same_boot: bool) -> None:
+    with faulty(tmp_path / "o", BASE) as (overlay, _):
+        overlay.hydrate(rate_bytes_s=None, clock=SystemClock(), stop=Event())
+        overlay.write_at(UNIT, [b"x" * UNIT])
+    if not is_same_boot:
+        recent = tmp_path / "o" / "recent"
+        recent.write_bytes(recent.read_bytes().replace(boot_id(), bytes(16)))
+    with open_overlay(tmp_path / "o", BASE, identity=b"") as again:
+        assert again.read_at(UNIT, UNIT) == b"x" * UNIT
+        assert again.data_bytes == (UNIT if is_same_boot else len(CONTENT))
+        assert again.data_bytes + again.hydrated_bytes == len(CONTENT)
+    with open_overlay(tmp_path / "o", BASE, identity=b"") as again:
+        assert again.data_bytes == (UNIT if is_same_boot else len(CONTENT))

@@ -53,6 +53,9 @@ def test_what_does_not_fit_is_not_told_and_what_was_told_stays(file: ModelFile) 
     recent.forget(recent.position - 2)
     recent.add(20, 21, 2)
     assert [mark.first for mark in ring(file).left()] == [6, 7, 20]
+    assert not ring(file).tells_all
+    ring(file).begin()
+    assert ring(file).tells_all
 
 
 def test_whoever_goes_on_does_not_meet_older_marks_again(file: ModelFile) -> None:
@@ -63,7 +66,9 @@ def test_whoever_goes_on_does_not_meet_older_marks_again(file: ModelFile) -> Non
         assert ring(file).left() == []
         recent.add(life, life + 1, 1)
         assert [mark.first for mark in ring(file).left()] == [life]
+    assert ring(file).tells_all
     assert ring(file, boot=b"c" * 16).left() == []
+    assert not ring(file, boot=b"c" * 16).tells_all
 
 
 def test_nothing_is_told_after_a_loss(file: ModelFile) -> None:
@@ -72,7 +77,9 @@ def test_nothing_is_told_after_a_loss(file: ModelFile) -> None:
     recent.add(0, 1, 1)
     recent.void()
     recent.add(1, 2, 1)
+    recent.forget(1)
     assert ring(file).left() == []
+    assert not ring(file).tells_all
 
 
 def test_a_full_disk_keeps_no_room(file: ModelFile, monkeypatch: pytest.MonkeyPatch) -> None:

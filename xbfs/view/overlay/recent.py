@@ -28,7 +28,8 @@ BOOT_BYTES: Final = 16
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _RECORD: Final = struct.Struct("<16sQQ")
 """Boot, number of the record, then first unit, count and state in one: 42, 20 and 2 bits."""
-_OLDEST: Final = struct.Struct("<Q")
+_HEAD: Final = struct.Struct("<16sQQ")
+"""Boot, number of the oldest record that counts, and whether marks were left out since ``begin``."""
 _RECORDS_AT: Final = 4096
 _FIELDS: Final = np.dtype([("boot", "V16"), ("number", "<u8"), ("what", "<u8")])
 _COUNT_MAX: Final = 1 << 20
@@ -65,6 +66,7 @@ class RecentMarks:
         self._lock = Lock()
         self._oldest = self._next = 1
         self._is_off = True
+        self._is_partial = False
 
     @property
     def is_crowded(self) -> bool:
@@ -76,9 +78,18 @@ class RecentMarks:
         """Which record comes next."""
         return self._next
 
+    @property
+    def tells_all(self) -> bool:
+        """Whether ``left`` and the map together are all that the last process knew."""
+        head = self._head()
+        return head is not None and head != (_NEVER, False) and not head[1]
+
     def left(self) -> list[Mark]:
         """What a process that was killed had not flushed, in order; nothing after a boot or a clean end."""
-        (oldest,) = _OLDEST.unpack(self._file.read_at(0, _OLDEST.size).ljust(_OLDEST.size, b"\0"))
+        head = self._head()
+        if head is None:
+            return []
+        oldest = head[0]
         found = self._found()
         # Numbers, not places: of two that were added at once the later one may be there alone.
         found = found[(found["number"] >= oldest) & (found["number"] - oldest < self._records)]
@@ -93,7 +104,7 @@ class RecentMarks:
             self._file.truncate(0)
         numbers = self._found()["number"]
         self._next = int(numbers.max()) + 1 if numbers.size else 1
-        self._is_off = False
+        self._is_off = self._is_partial = False
         self.forget(self._next)
 
     def add(self, first: int, last: int, state: int) -> None:
@@ -103,6 +114,8 @@ class RecentMarks:
             number = self._next
             # No room: as good as no file. A flush is under way, or soon to come.
             if self._is_off or number - self._oldest >= self._records:
+                self._is_partial = True
+                self._tell()
                 return
             self._next = number + 1
         what = first << 22 | (last - first - 1) << 2 | state
@@ -113,14 +126,27 @@ class RecentMarks:
         """What came before ``position`` is in the map, durably."""
         with self._lock:
             self._oldest = max(self._oldest, position)
-            if not self._is_off:
-                self._file.write_at(0, [_OLDEST.pack(self._oldest)])
+            self._tell()
 
     def void(self) -> None:
         """Nobody knows what became of the bytes behind the marks: tell nothing of them, from now on."""
         with self._lock:
             self._is_off = True
-            self._file.write_at(0, [_OLDEST.pack(_NEVER)])
+            self._oldest = _NEVER
+            self._file.write_at(0, [_HEAD.pack(self._boot, _NEVER, False)])
+
+    def _tell(self) -> None:
+        """Write the head, for who has the lock."""
+        if not self._is_off:
+            self._file.write_at(0, [_HEAD.pack(self._boot, self._oldest, self._is_partial)])
+
+    def _head(self) -> tuple[int, bool] | None:
+        """The oldest record that counts, and whether some are missing; None if no process of this boot wrote any."""
+        content = self._file.read_at(0, _HEAD.size)
+        if len(content) < _HEAD.size:
+            return None
+        boot, oldest, is_partial = _HEAD.unpack(content)
+        return (oldest, bool(is_partial)) if boot == self._boot else None
 
     def _found(self) -> NDArray[np.void]:
         """All records of this boot."""

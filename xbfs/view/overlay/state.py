@@ -142,11 +142,13 @@ class State:
 
     def recover(self) -> None:
         """End what a crash cut short, durably; nobody else is there."""
+        is_known = self._recent.tells_all
         self.settle()
         self._remember()
         pages = -(-self.header.size // (UNIT * PAGE_UNITS))
         claims = self._files.header.read_at(CLAIMS_OFFSET, pages)
-        for number in [number for number, claim in enumerate(claims) if claim]:
+        # If nothing was lost the map tells which copies were written.
+        for number in [number for number, claim in enumerate(claims) if claim and not is_known]:
             self.admit()
             low = number * PAGE_UNITS
             for first, last, state in runs_of(self.map.states(low, low + PAGE_UNITS), low):
