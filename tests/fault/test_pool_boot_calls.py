@@ -259,6 +259,35 @@ def test_migrations_of_others_are_waited_for(point: RestorePoint, tmp_path: Path
     site.check_moved()
 
 
+def test_no_more_than_three_disks_move_at_once(
+    point: RestorePoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(point, tmp_path)
+    site.boot()
+    some = next(iter(site.pool.disks_of(site.vm).values()))
+    for number in range(5):  # as if the point had so many
+        vdi = site.pool.vdi(SR=site.pool.db.text(some, "SR"), virtual_size=1 << 20)
+        site.pool.content[vdi] = f"more {number}"
+        site.pool.vbd(site.vm, vdi, 10 + number, currently_attached=True)
+    moving = most = 0
+    migrates = site.pool.run_task
+
+    async def counted(method: str, *arguments: Any, **options: Any) -> Any:
+        nonlocal moving, most
+        moving += method == "VDI.pool_migrate"
+        most = max(most, moving)
+        try:
+            await trio.sleep(0.01)
+            return await migrates(method, *arguments, **options)
+        finally:
+            moving -= method == "VDI.pool_migrate"
+
+    monkeypatch.setattr(site.pool, "run_task", counted)
+    site.migrate()
+    assert most == 3
+    assert {site.pool.db.text(vdi, "SR") for vdi in site.pool.disks_of(site.vm).values()} == {site.pool.target}
+
+
 def test_without_a_network_of_the_pool_the_vm_can_be_isolated(point: RestorePoint, tmp_path: Path) -> None:
     with pytest.raises(ObjectNotFound):
         Site(point, tmp_path, networks=())

@@ -66,6 +66,17 @@ class Lab(World):
                     found.append(int(process.name))
         return sorted(set(found) - {os.getpid()})
 
+    def server(self) -> int:
+        """The live server: the child of who holds the lock."""
+        (lock,) = (self.directory / "state").glob("*/server.lock")
+        supervisor = int(lock.read_text())
+        children: list[str] = []
+        end = time.monotonic() + _SERVED_S
+        while not children:
+            assert time.monotonic() < end
+            children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
+        return int(children[0])
+
     def kill_all(self) -> None:
         """kill -9 of the supervisor, the server and the exports, at once; the stale mount stays."""
         victims = self.processes()
