@@ -7,9 +7,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -67,7 +68,27 @@ class Place:
 
     def supervisors(self) -> list[int]:
         """Who serves sessions: one, or none."""
-        return [int(lock.read_text()) for lock in (self.work / "state").glob("*/server.lock")]
+        pids = [int(lock.read_text()) for lock in (self.work / "state").glob("*/server.lock")]
+        return [pid for pid in pids if self._is_ours(pid)]
+
+    def end_servers(self) -> None:
+        """End who serves sessions, if anybody: the next one starts with nothing decoded in memory."""
+        for pid in self.supervisors():
+            with suppress(ProcessLookupError):  # it ends by itself after the last session
+                os.kill(pid, signal.SIGTERM)
+            until = time.monotonic() + READY_S
+            while self._is_ours(pid):
+                if time.monotonic() > until:
+                    raise SystemExit(f"the live server {pid} does not end")
+                time.sleep(0.02)
+
+    def _is_ours(self, pid: int) -> bool:
+        """Whether a live process of this benchmark has that number: a lock may outlive who wrote it."""
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            return False
+        return f"XBFS_STATE={self.work / 'state'}".encode() in environment.split(b"\0")
 
 
 class Contender:
@@ -126,8 +147,9 @@ class NbdkitCow(Contender):
 
 
 class Session(Contender):
-    """A session of ours. ``export`` and ``format`` as for ``xbfs boot``; ``by`` how the client gets there; hydrated
-    ones are measured when all of the point has been copied, ``is_passed``: given to the kernel then."""
+    """A session of ours, on a live server of its own that ends with it. ``export`` and ``format`` as for ``xbfs boot``;
+    ``by`` how the client gets there; hydrated ones are measured when all of the point has been copied, ``is_passed``:
+    given to the kernel then."""
 
     is_ours = True
 
@@ -153,6 +175,7 @@ class Session(Contender):
             options.append("--hydrate")
         if self.is_passed:
             options.append("--passthrough")
+        place.end_servers()
         started = time.perf_counter()
         told = place.xbfs("boot", "guest@latest", "--name", "bench", *options)
         ready = time.perf_counter() - started
@@ -164,6 +187,7 @@ class Session(Contender):
             yield disk
         finally:
             place.xbfs("boot", "discard", "bench", "--force")
+            place.end_servers()
 
 
 def nbd_unix(socket: Path, export: str) -> dict[str, Any]:

@@ -4,7 +4,9 @@ against a local qcow2 overlay on the plain file and nbdkit's cow filter on it, i
     tools/bench_instant [--rounds 3]      # as root: drops the kernel's caches; NFS is in a network of its own
 
 Every round starts every disk afresh, nothing written, and does the same to each with QEMU's block layer (qemu-img
-bench, cache=writeback, as a VM has it by default). Ratios are medians of ratios within a round. Scratch data goes to
+bench, cache=writeback, as a VM has it by default). Every session has a live server of its own, with nothing decoded
+in memory; the kernel's caches are dropped before the boots and the cold reads, later loads find what those before
+left. Ratios are medians of ratios within a round. Scratch data goes to
 --work, by default on a real disk, so that a flush is one.
 """
 
@@ -12,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -99,10 +100,7 @@ def backed_up(work: Path, image: Path) -> Iterator[Place]:
     try:
         yield place
     finally:
-        for pid in place.supervisors():
-            os.kill(pid, signal.SIGTERM)
-            while Path(f"/proc/{pid}").exists():
-                time.sleep(0.05)
+        place.end_servers()
 
 
 def ratios(figures: dict[str, list[float]], name: str, to: str) -> float:
