@@ -102,11 +102,15 @@ def test_a_guest_outlives_everything_by(way: str) -> None:
 def test_a_guest_goes_on_when_the_server_dies_under_it(way: str) -> None:
     """It loses no power, so nothing that it was told is written may be lost, flushed or not."""
     with network_for(way) as address, lab(micro_disk()) as made, scratch() as folder:
-        with started(made, folder / "first", way, words="check write=before load", address=address) as guest:
+        with started(made, folder / "first", way, words="check stream load", address=address) as guest:
             for death in range(1, 6):
-                guest.wait_for("XBFS-ACK", count=LOADED // 3 * death)
+                guest.wait_for(f"XBFS-STREAM pass={death}")
                 os.kill(made.server(), signal.SIGKILL)
-            console = guest.wait_for("XBFS-ACK", count=LOADED * 3)
+            assert "wrong=0" in guest.wait_for("XBFS-STREAMED wrong=")
+            for death in range(1, 4):
+                guest.wait_for("XBFS-ACK", count=LOADED * death)
+                os.kill(made.server(), signal.SIGKILL)
+            console = guest.wait_for("XBFS-ACK", count=LOADED * 4)
         with started(made, folder / "second", way, words="check off", address=address) as guest:
             found = database(again := guest.wait())
     assert is_sound(again)

@@ -1,6 +1,6 @@
 """Disks that boot, made by tools/make_images: the micro guest and a Debian server. What they say on their consoles.
 
-Both understand the same words (tools/images/micro_init.sh): check, write=NAME, load, off.
+Both understand the same words (tools/images/micro_init.sh): check, write=NAME, load, off; the micro guest also stream.
 """
 
 from __future__ import annotations

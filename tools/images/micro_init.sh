@@ -4,6 +4,7 @@
 #   check      repair the filesystem, then tell its state and the database's
 #   write=NAME make the file /written/NAME, durably
 #   load       transactions on the database without end, each told when it is durable
+#   stream     write files, none durably, and look in the end whether the disk has what was written
 #   off        power off at the end, instead of staying
 # Without any it reads only. Everything it tells is a line on the console that begins with XBFS-.
 export PATH=/bin
@@ -34,7 +35,7 @@ if has check; then
     echo "XBFS-FSCK-AGAIN status=$?"
 fi
 mode=ro
-{ has write= || has load || has check; } && mode=rw
+{ has write= || has load || has check || has stream; } && mode=rw
 mount -t ext4 -o "$mode" "/dev/$disk" /mnt || echo "XBFS-MOUNT-FAILED dev=$disk"
 
 sum=$(sha256sum /mnt/payload | cut -c1-64)
@@ -59,6 +60,28 @@ for word in $family; do
         ;;
     esac
 done
+if has stream; then
+    # The kernel writes soon, and flushes nothing but its own journal.
+    echo 262144 >/proc/sys/vm/dirty_background_bytes
+    echo 50 >/proc/sys/vm/dirty_writeback_centisecs
+    echo 50 >/proc/sys/vm/dirty_expire_centisecs
+    mkdir -p /mnt/stream /kept
+    for pass in 1 2 3 4 5 6; do
+        for number in 1 2 3 4 5 6 7 8; do
+            head -c 1048576 /dev/urandom >"/kept/$pass.$number"
+            cp "/kept/$pass.$number" /mnt/stream
+        done
+        sleep 1
+        echo "XBFS-STREAM pass=$pass"
+    done
+    sync
+    echo 3 >/proc/sys/vm/drop_caches
+    wrong=0
+    for file in /kept/*; do
+        cmp -s "$file" "/mnt/stream/${file##*/}" || wrong=$((wrong + 1))
+    done
+    echo "XBFS-STREAMED wrong=$wrong"
+fi
 if has load; then
     sqlite3 /mnt/db/load.db 'CREATE TABLE IF NOT EXISTS load(n INTEGER PRIMARY KEY, data TEXT)'
     next=$(($(sqlite3 /mnt/db/load.db 'SELECT coalesce(max(n), 0) FROM load') + 1))

@@ -193,7 +193,8 @@ def _conclude(results: Sequence[BootTest], output: Output) -> None:
     failed = [result for result in results if result.verdict is Verdict.FAILED]
     if failed:
         reasons = "; ".join(f"{result.point[:ID_DIGITS]}: {result.reason}" for result in failed)
-        raise BootTestFailed(f"{len(failed)} of {len(results)} did not boot: {reasons}")
+        hint = f"look at its screen: `xbfs show {failed[0].point[:ID_DIGITS]} --screenshot FILE`"
+        raise BootTestFailed(f"{len(failed)} of {len(results)} did not boot: {reasons}", hint=hint)
     for result in results:
         if result.verdict is Verdict.UNCLEAR:
             output.warn(

@@ -27,7 +27,8 @@ restore point as full disk images in a directory.
 
 The repository is named by -r or XBFS_REPOSITORY; its passphrase comes from XBFS_PASSPHRASE, from the file that
 XBFS_PASSPHRASE_FILE names, or is asked for. A recovery code does instead of the passphrase. The cache, which may be
-deleted at any time, is kept in XBFS_CACHE, else in ~/.cache/xbfs.
+deleted at any time, is kept in XBFS_CACHE, else in ~/.cache/xbfs; what VMs that run from the repository write, which
+may not, in XBFS_STATE, else in /var/lib/xbfs (root) or ~/.local/state/xbfs.
 
 A POINT is the first digits of an id, VM@latest, VM@TIME (the last point at or before that time, ISO 8601), or a path in
 a mount of the repository."""

@@ -166,7 +166,9 @@ class LiveServer:
             while self.tree.is_busy(served.session.name):  # noqa: ASYNC110 - it tells nobody
                 await trio.sleep(_POLL_S)
         if self.tree.is_busy(served.session.name):
-            raise SessionBusy(f"disks of session {served.session.name} are in use")
+            raise SessionBusy(
+                f"disks of session {served.session.name} are in use", hint="shut its VM down first, or use --force"
+            )
 
     async def _tend(self) -> NoReturn:
         """Try again what did not work, and have the NFS server serve whom it should."""
