@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench_instant_disks import ROOT, Contender, Load, NbdkitCow, Place, Qcow2, Session, drop_caches
+from bench_instant_disks import ROOT, Contender, Load, NbdkitCow, Place, Plain, Qcow2, Session, drop_caches
 from benchlib import machine, median, table, verdict
 
 from tests.support.micro_guest import BOOTED
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 CONTENDERS: list[Contender] = [
     Qcow2(),
+    Plain(),
     NbdkitCow(),
     Session("file"),
     Session("file", is_hydrated=True),
@@ -44,9 +45,10 @@ CONTENDERS: list[Contender] = [
 ]
 """Without NBD by TLS: qemu-img bench takes no credentials. docs/adr/0009-exports.md has its figures."""
 BOOTING: list[Contender] = [
-    CONTENDERS[0],
-    CONTENDERS[2],
-    *CONTENDERS[5:],
+    Qcow2(),
+    Session("file"),
+    Session("nbd", "unix"),
+    Session("nfs"),
     Session("nbd", "tls"),
     Session("file", format="vhd"),
 ]

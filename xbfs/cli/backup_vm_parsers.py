@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING, Final
 
-from xbfs_engine.core.limits import DISKS_PER_POINT_MAX
+from xbfs.cli import values
 
 if TYPE_CHECKING:
     from xbfs.cli.xen_parsers import Verbs
@@ -36,7 +35,7 @@ def add_backup_vm(backup: Verbs) -> None:
     vm.add_argument("--tag", action="append", default=[], metavar="TAG", help="all VMs with this tag")
     vm.add_argument(
         "--exclude",
-        type=_disk_number,
+        type=values.disk_number,
         action="append",
         default=[],
         metavar="N",
@@ -45,7 +44,7 @@ def add_backup_vm(backup: Verbs) -> None:
     vm.add_argument("--full", action="store_true", help="read all that is allocated, even where changes are known")
     vm.add_argument(
         "--connections",
-        type=_connections,
+        type=values.number(1, CONNECTIONS_MAX),
         metavar="N",
         default=4,
         help=f"NBD connections to read a disk with, 1 to {CONNECTIONS_MAX} (default: 4)",
@@ -57,28 +56,10 @@ def add_backup_vm(backup: Verbs) -> None:
     )
     vm.add_argument(
         "--wait",
-        type=_seconds,
+        type=values.seconds(0),
         metavar="SECONDS",
         default=300.0,
         help="skip a VM when what its SR has yet to coalesce did not become less for so long (default: 300)",
     )
     vm.add_argument("--index", action="store_true", help="then list the guests' files, as `xbfs index` does")
     vm.add_argument("-q", "--quiet", action="store_true", help="show no progress")
-
-
-def _disk_number(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) >= DISKS_PER_POINT_MAX:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a disk number from 0 to {DISKS_PER_POINT_MAX - 1}")
-    return int(text)
-
-
-def _connections(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= CONNECTIONS_MAX:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {CONNECTIONS_MAX}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    if not text.isascii() or not text.isdigit() or int(text) > 86400:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 86400")
-    return float(text)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING, Final
 
+from xbfs.cli import values
 from xbfs.cli.boot_commit_parsers import add_commit
-from xbfs_engine.core.limits import DISKS_PER_POINT_MAX, GIB, KIB, MIB
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
     from xbfs.cli.xen_parsers import Verbs
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 START: Final = "start"
 """The verb that is meant when a restore point follows ``boot``."""
 _VERBS: Final = frozenset({START, "list", "commit", "migrate", "discard", "serve", "-h", "--help"})
-_SUFFIXES: Final = {"K": KIB, "M": MIB, "G": GIB}
 
 
 def add_boot(verbs: Verbs) -> None:
@@ -96,7 +95,11 @@ def _add_start(boot: Verbs) -> None:
     )
     start.add_argument("point", metavar="POINT", help="restore point")
     start.add_argument(
-        "--disk", type=_disk_number, action="append", metavar="N", help="only this disk; can be repeated (default: all)"
+        "--disk",
+        type=values.disk_number,
+        action="append",
+        metavar="N",
+        help="only this disk; can be repeated (default: all)",
     )
     start.add_argument(
         "--export",
@@ -118,7 +121,7 @@ def _add_start(boot: Verbs) -> None:
     start.add_argument(
         "--hydrate",
         nargs="?",
-        type=_rate,
+        type=values.bytes_from("1K", "50M", "rate"),
         const=0,
         metavar="RATE",
         help="copy the point to local files in the background, at most RATE bytes a second as 50M (default: no limit),"
@@ -143,7 +146,7 @@ def _add_pool(start: argparse.ArgumentParser) -> None:
     networks.add_argument(
         "--network",
         dest="networks",
-        type=_pair,
+        type=values.network_pair,
         action="append",
         default=[],
         metavar="A=B",
@@ -168,23 +171,3 @@ def _add_migrate(boot: Verbs) -> None:
     migrate.add_argument("name", metavar="NAME", help="the session")
     migrate.add_argument("--to", required=True, metavar="SR", help="where the disks go: name or uuid of an SR")
     migrate.add_argument("-q", "--quiet", action="store_true", help="show no progress")
-
-
-def _disk_number(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) >= DISKS_PER_POINT_MAX:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a disk number from 0 to {DISKS_PER_POINT_MAX - 1}")
-    return int(text)
-
-
-def _pair(text: str) -> tuple[str, str]:
-    source, equals, target = text.partition("=")
-    if not (source and equals and target):
-        raise argparse.ArgumentTypeError(f"{text!r} is not A=B, the VM's network and the pool's")
-    return source, target
-
-
-def _rate(text: str) -> int:
-    digits, unit = (text[:-1], _SUFFIXES[text[-1]]) if text[-1:] in _SUFFIXES else (text, 1)
-    if not digits.isascii() or not digits.isdigit() or not KIB <= int(digits) * unit <= 1024 * GIB:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a rate from 1K to 1024G, such as 50M")
-    return int(digits) * unit

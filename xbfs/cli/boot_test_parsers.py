@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING, Final
+
+from xbfs.cli import values
 
 if TYPE_CHECKING:
     from xbfs.cli.xen_parsers import Verbs
@@ -36,39 +37,27 @@ def add_boot_test(verbs: Verbs) -> None:
     test.add_argument("--pool", metavar="P", help="not in this release")
     test.add_argument(
         "--deadline",
-        type=_seconds,
+        type=values.number(1, values.DAY_S),
         default=DEADLINE_S,
         metavar="SECONDS",
         help=f"how long each may take (default: {DEADLINE_S}; emulation is slow)",
     )
-    test.add_argument("--parallel", type=_parallel, default=1, metavar="N", help="so many at once (default: 1)")
+    test.add_argument(
+        "--parallel", type=values.number(1, _PARALLEL_MAX), default=1, metavar="N", help="so many at once (default: 1)"
+    )
     test.add_argument(
         "--accel", choices=("auto", "kvm", "tcg"), default="auto", help="auto: kvm if a real boot under it works here"
     )
     test.add_argument("--firmware", choices=("auto", "bios", "uefi"), default="auto", help="auto: as the VM had it")
     test.add_argument("--bus", choices=("ide", "virtio"), default="ide", help="how disks are attached (default: ide)")
     test.add_argument(
-        "--memory", type=_mib, default=MEMORY_MIB, metavar="MIB", help=f"of the guest (default: {MEMORY_MIB})"
+        "--memory",
+        type=values.number(64, 1 << 20),
+        default=MEMORY_MIB,
+        metavar="MIB",
+        help=f"of the guest (default: {MEMORY_MIB})",
     )
     test.add_argument("--marker", metavar="TEXT", help="booted is what writes this to its serial console, nothing else")
     test.add_argument("--screenshot", metavar="FILE", help="write the last screen there, as PNG; for one point")
     test.add_argument("--keep", action="store_true", help="leave the session, to be looked at: see `xbfs boot list`")
     test.add_argument("-q", "--quiet", action="store_true", help="show no progress")
-
-
-def _seconds(text: str) -> int:
-    return _number(text, 1, 86400)
-
-
-def _parallel(text: str) -> int:
-    return _number(text, 1, _PARALLEL_MAX)
-
-
-def _mib(text: str) -> int:
-    return _number(text, 64, 1 << 20)
-
-
-def _number(text: str, low: int, high: int) -> int:
-    if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
-    return int(text)

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from xbfs import __version__
+from xbfs.cli import values
 from xbfs.cli.backup_vm_parsers import add_backup_vm
 from xbfs.cli.boot_parsers import add_boot, named
 from xbfs.cli.boot_test_parsers import add_boot_test
@@ -16,7 +17,7 @@ from xbfs.cli.rewind_parsers import add_rewind
 from xbfs.cli.unlock_parsers import add_unlock
 from xbfs.cli.xen_parsers import add_pool
 from xbfs_engine.core.errors import UsageError
-from xbfs_engine.core.limits import DISKS_PER_POINT_MAX, GIB, KIB, MIB
+from xbfs_engine.core.limits import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +39,6 @@ _FIRST_STEPS: Final = (
     "xbfs backup image /vm/web.raw --vm web",
     "xbfs mount /mnt/xbfs --background",
 )
-_SUFFIXES: Final = {"K": KIB, "M": MIB, "G": GIB}
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -182,7 +182,7 @@ def _add_backup(verbs: _Verbs) -> None:
     image.add_argument("--vm-uuid", metavar="UUID", help="uuid of the VM (default: that of the VM of this name)")
     image.add_argument(
         "--disk",
-        type=_disk_number,
+        type=values.disk_number,
         action="append",
         metavar="N",
         help="number of the disk, once for every PATH (default: 0, 1, …)",
@@ -290,7 +290,11 @@ def _add_mount(verbs: _Verbs) -> None:
         help="guests' symlinks stay within the guest, or lead where they say, on this machine (default: rebased)",
     )
     mount.add_argument(
-        "--cache-size", type=_size, metavar="SIZE", default=128 * MIB, help="decoded data kept, as 512M (default: 128M)"
+        "--cache-size",
+        type=values.bytes_from("1M", "512M", "size"),
+        metavar="SIZE",
+        default=128 * MIB,
+        help="decoded data kept, as 512M (default: 128M)",
     )
     mount.add_argument(
         "--deadline", type=_seconds, metavar="SECONDS", default=30.0, help="a read fails after this time (default: 30)"
@@ -306,20 +310,9 @@ def _add_mount(verbs: _Verbs) -> None:
 
 
 def _add_disk(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--disk", type=_disk_number, metavar="N", help="number of the disk (default: the only one)")
-
-
-def _disk_number(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) >= DISKS_PER_POINT_MAX:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a disk number from 0 to {DISKS_PER_POINT_MAX - 1}")
-    return int(text)
-
-
-def _size(text: str) -> int:
-    digits, unit = (text[:-1], _SUFFIXES[text[-1]]) if text[-1:] in _SUFFIXES else (text, 1)
-    if not digits.isascii() or not digits.isdigit() or not MIB <= int(digits) * unit <= 1024 * GIB:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size from 1M to 1024G, such as 512M")
-    return int(digits) * unit
+    parser.add_argument(
+        "--disk", type=values.disk_number, metavar="N", help="number of the disk (default: the only one)"
+    )
 
 
 def _seconds(text: str) -> float:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING
 
-from xbfs_engine.core.limits import DISKS_PER_POINT_MAX
+from xbfs.cli import values
 
 if TYPE_CHECKING:
     from xbfs.cli.xen_parsers import Verbs
@@ -34,7 +33,7 @@ def add_restore(verbs: Verbs) -> None:
     restore.add_argument(
         "--disk",
         dest="disks",
-        type=_disk_number,
+        type=values.disk_number,
         action="append",
         default=[],
         metavar="N",
@@ -44,7 +43,7 @@ def add_restore(verbs: Verbs) -> None:
     restore.add_argument(
         "--network",
         dest="networks",
-        type=_pair,
+        type=values.network_pair,
         action="append",
         default=[],
         metavar="A=B",
@@ -58,16 +57,3 @@ def add_restore(verbs: Verbs) -> None:
     restore.add_argument("--start", action="store_true", help="start the VM in the end")
     restore.add_argument("-n", "--dry-run", action="store_true", help="only say what would be made")
     restore.add_argument("-q", "--quiet", action="store_true", help="show no progress")
-
-
-def _disk_number(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) >= DISKS_PER_POINT_MAX:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a disk number from 0 to {DISKS_PER_POINT_MAX - 1}")
-    return int(text)
-
-
-def _pair(text: str) -> tuple[str, str]:
-    source, equals, target = text.partition("=")
-    if not (source and equals and target):
-        raise argparse.ArgumentTypeError(f"{text!r} is not A=B, the VM's network and the pool's")
-    return source, target

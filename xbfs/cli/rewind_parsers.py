@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING
+
+from xbfs.cli import values
 
 if TYPE_CHECKING:
     from xbfs.cli.xen_parsers import Verbs
@@ -38,7 +39,7 @@ def add_rewind(verbs: Verbs) -> None:
     rewind.add_argument("--start", action="store_true", help="start the VM afterwards")
     rewind.add_argument(
         "--stop-timeout",
-        type=_seconds,
+        type=values.seconds(1),
         default=600.0,
         metavar="SECONDS",
         help="how long the guest may take to shut down (default: 600)",
@@ -50,9 +51,3 @@ def add_rewind(verbs: Verbs) -> None:
         help="read the disks in full and compare; also takes another VDI of the same size for a disk of the point",
     )
     rewind.add_argument("-q", "--quiet", action="store_true", help="show no progress")
-
-
-def _seconds(text: str) -> float:
-    if not text.isascii() or not text.isdigit() or not 0 < int(text) <= 86400:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 1 to 86400")
-    return float(text)
