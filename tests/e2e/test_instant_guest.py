@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +17,7 @@ import pytest
 from tests.support.instant_lab import Lab, blockdev, lab
 from tests.support.micro_guest import BOOTED, acknowledged, database, micro_disk, server_disk
 from tests.support.nfs_network import needs_ganesha, private_network
-from tests.support.qemu_guest import Guest
+from tests.support.qemu_guest import BOOT_S, Guest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -119,9 +121,37 @@ def test_a_guest_goes_on_when_the_server_dies_under_it(way: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_with_postgresql_outlives_everything() -> None:
-    with lab(server_disk()) as made, scratch() as folder:
-        lose_and_find(made, folder, "nbd")
+@pytest.mark.parametrize("way", ["file", "nbd"])
+def test_a_guest_waits_while_the_disk_of_sessions_is_full(way: str) -> None:
+    with lab(micro_disk()) as made, scratch() as folder:
+        state = with_little_room(made)
+        with started(made, folder / "first", way, words="check stream off") as guest:
+            guest.wait_for("XBFS-STREAM pass=1")
+            end = time.monotonic() + BOOT_S
+            while guest.qmp("query-status")["status"] != "io-error":
+                assert time.monotonic() < end, guest.console()
+                time.sleep(0.1)
+            subprocess.run(["mount", "-o", "remount,size=200m", state], check=True)
+            guest.qmp("cont")
+            console = guest.wait()
+        assert "XBFS-STREAMED wrong=0" in console
+        with started(made, folder / "second", way, words="check off") as guest:
+            assert is_sound(guest.wait())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["vhd", "nbd", pytest.param("nfs-vhd", marks=needs_ganesha)])
+def test_a_server_with_postgresql_outlives_everything(way: str) -> None:
+    with network_for(way) as address, lab(server_disk()) as made, scratch() as folder:
+        lose_and_find(made, folder, way, address)
+
+
+def with_little_room(made: Lab) -> Path:
+    """Where sessions of a lab are to be: a file system of 32 MiB, which the lab unmounts in the end."""
+    state = made.directory / "state"
+    state.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", state], check=True)
+    return state
 
 
 def network_for(way: str) -> AbstractContextManager[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random  # noqa: TID251 - a reproducible load
+import shutil
 import signal
 import subprocess
 import time
@@ -268,6 +269,25 @@ def test_what_qemu_writes_is_there(server: Exported) -> None:
     commands = ["-c", "write -P 7 1M 64k", "-c", "flush", "-c", "read -P 7 1M 64k"]
     subprocess.run(["qemu-io", "-f", "raw", *commands, uri], check=True, capture_output=True, timeout=60)
     assert (server.directory / "disk1.raw").read_bytes()[1 << 20 : (1 << 20) + CHUNK] == b"\x07" * CHUNK
+
+
+@pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
+def test_fio_verifies(server: Exported, tmp_path: Path) -> None:
+    """fio of Debian has no client for NFS: qemu-nbd stands between, as a guest's QEMU does."""
+    socket, uri = tmp_path / "s", server.nfs.uri(SESSION, "disk2.raw")
+    # QEMU's client takes no other size afterwards, and earlier tests wrote behind the end.
+    size = (server.directory / "disk2.raw").stat().st_size // 4096 * 4096
+    bridge = ["qemu-nbd", "--format=raw", "--shared=4", "--persistent", f"--socket={socket}", uri]
+    with subprocess.Popen(bridge) as process:
+        try:
+            wait_until(socket.exists, "qemu-nbd does not listen")
+            load = ["--ioengine=nbd", f"--uri=nbd+unix:///?socket={socket}", "--rw=randrw", "--bsrange=512-64k"]
+            load += ["--blockalign=512", "--iodepth=8", "--fsync=32", f"--size={size}", "--randseed=7"]
+            proof = ["--verify=crc32c", "--verify_fatal=1", "--do_verify=1"]
+            command = ["fio", "--name=proof", f"--aux-path={tmp_path}", *load, *proof]
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
+        finally:
+            process.terminate()
 
 
 def refusal(export: NfsExport) -> ExportFailed:

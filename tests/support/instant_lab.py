@@ -92,7 +92,7 @@ class Lab(World):
     def clean(self) -> None:
         """No process, no mount."""
         self.kill_all()
-        for mount in mounts():
+        for mount in sorted(mounts(), reverse=True):
             if mount.startswith(f"{self.directory}/"):
                 subprocess.run(["umount", "--lazy", mount], check=False)
 

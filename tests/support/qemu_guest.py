@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
@@ -104,7 +104,7 @@ class Guest:
         assert ended == 0, self._errors.read_text()
         return self.console()
 
-    def qmp(self, command: str, **arguments: object) -> object:
+    def qmp(self, command: str, **arguments: object) -> Any:
         """One QMP command on a connection of its own; its return value."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(30)
