@@ -19,8 +19,7 @@ import pytest
 from tests.support.boot_world import BootWorld
 from tests.support.cli import COMMAND, TIMEOUT_S, Done
 from tests.support.engine import pattern
-from tests.support.nfs_client import needs_libnfs
-from tests.support.nfs_network import needs_ganesha, private_network
+from tests.support.nfs_network import needs_ganesha, needs_libnfs, private_network
 from tests.support.restore_lab import RESTLESS, content, state_of
 from tests.support.xensim import MIB, XenSim, default_world, running_sim
 

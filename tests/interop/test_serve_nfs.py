@@ -20,8 +20,8 @@ import trio
 from tests.support.disks import CHUNK, MemoryDisk
 from tests.support.export_lab import Exported, children, wait_until
 from tests.support.live_mounts import SESSION
-from tests.support.nfs_client import NfsClient, needs_libnfs
-from tests.support.nfs_network import needs_ganesha, private_network
+from tests.support.nfs_network import needs_ganesha, needs_libnfs, private_network
+from tools.xensim.storage.nfs_client import NfsClient
 from xbfs.instant.share import Share
 from xbfs.serve.device import _file_system as file_system
 from xbfs.serve.nfs import NfsExport, NfsPlace, change_clients, serve_nfs

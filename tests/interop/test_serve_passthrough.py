@@ -11,8 +11,8 @@ import pytest
 from tests.support.disks import CHUNK, MemoryDisk
 from tests.support.export_lab import Exported
 from tests.support.live_mounts import SESSION
-from tests.support.nfs_client import NfsClient, needs_libnfs
-from tests.support.nfs_network import needs_ganesha, private_network
+from tests.support.nfs_network import needs_ganesha, needs_libnfs, private_network
+from tools.xensim.storage.nfs_client import NfsClient
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,8 +13,7 @@ import pyvhdi
 from tests.support.disks import VHD_BLOCK, MemoryDisk, dynamic_vhd
 from tests.support.export_lab import Exported
 from tests.support.live_mounts import SESSION
-from tests.support.nfs_client import needs_libnfs
-from tests.support.nfs_network import needs_ganesha, private_network
+from tests.support.nfs_network import needs_ganesha, needs_libnfs, private_network
 from tests.support.vhd_files import run
 from tests.support.vhd_rules import check_footer
 from tests.support.xensim import MIB, XenSimError, default_world, running_sim

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import ctypes.util
 import os
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ needs_ganesha = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ganesha.nfsd") is None or shutil.which("rpcbind", path="/usr/sbin") is None,
     reason="needs root, nfs-ganesha and rpcbind",
 )
+needs_libnfs = pytest.mark.skipif(ctypes.util.find_library("nfs") is None, reason="libnfs is not installed")
 
 
 @contextmanager

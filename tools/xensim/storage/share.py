@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from tests.support.nfs_client import NfsClient, NfsFile
-
     from ..schema import Ref
+    from .nfs_client import NfsClient, NfsFile
 
 NFS_PORT: Final = 2049
 """What SM tries to connect to before it mounts (util._testHost)."""
@@ -231,8 +230,8 @@ def _check_chain(share: Share, layer: VhdLayer) -> None:
 
 
 def _mount(server: str, directory: str, version: int, timeout_s: float) -> NfsClient:
-    # Only pools with such an SR need libnfs, and the tests' package.
-    from tests.support.nfs_client import NfsClient
+    # Only pools with such an SR need libnfs.
+    from .nfs_client import NfsClient
 
     port = NFS_PORT if version == 4 else 0  # for version 3 mount.nfs asks rpcbind, too
     try:

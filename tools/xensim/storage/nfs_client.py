@@ -1,4 +1,4 @@
-"""An NFS client in user space: libnfs (Debian's libnfs13) by ctypes, for the tests of exports and the simulator's SM.
+"""An NFS client in user space: libnfs (Debian's libnfs13) by ctypes, for the simulator's SM and for tests of exports.
 
 One client is one connection and one mount; one thread at a time uses it. Errors are OSErrors with the server's errno.
 """
@@ -10,13 +10,10 @@ import ctypes.util
 import os
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-import pytest
-
 if TYPE_CHECKING:
     from types import TracebackType
 
 _NAME = ctypes.util.find_library("nfs")
-needs_libnfs = pytest.mark.skipif(_NAME is None, reason="libnfs is not installed")
 
 
 _PIECE = 1 << 20
