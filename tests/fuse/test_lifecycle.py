@@ -16,7 +16,7 @@ import pytest
 
 from tests.fuse.conftest import NEW, make
 from tests.support.engine import Engine, pattern
-from tests.support.mounts import ROOT
+from tests.support.servers import ROOT
 from xbfs.fuse import mountpoint
 from xbfs.fuse.mount import MountServer
 from xbfs_engine.core.errors import (

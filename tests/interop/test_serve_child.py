@@ -16,8 +16,8 @@ import pytest
 import trio
 
 from tests.support.export_lab import wait_until
-from tests.support.live_mounts import ROOT
 from tests.support.nbd_servers import free_port
+from tests.support.servers import ROOT
 from xbfs.serve import child
 from xbfs.serve.child import Program, answers, check_free, keep_running
 from xbfs_engine.core.errors import ExportFailed

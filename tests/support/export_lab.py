@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.support.live_mounts import ROOT, LiveMounted
+from tests.support.live_mounts import LiveMounted
 from xbfs.serve.nbd import NbdPlace
 from xbfs.serve.nfs import NfsPlace
 
@@ -29,24 +26,8 @@ class Exported(LiveMounted):
         self.told: dict[str, str] = {}
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "tests.support.export_server", self._kind, self.state, self.mount]
-        command += [self.control, self._address, *self._more]
-        with self.log.open("ab") as log:
-            self.server = subprocess.Popen(
-                [*map(str, command)],
-                cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "engine")])},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-        assert self.server.stdout is not None
-        line = self.server.stdout.readline()
-        if not line:
-            self.wait()
-            raise AssertionError(self.log.read_text())
-        self.told = json.loads(line)
+        words = (self._kind, self.state, self.mount, self.control, self._address, *self._more)
+        self.told = json.loads(self.spawn("tests.support.export_server", *words))
 
     @property
     def nbd(self) -> NbdPlace:

@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import threading
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from tests.support.servers import ServerProcess
 from xbfs.fuse.mountpoint import mounts
 from xbfs.vfs.live.stubs import place_stub
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
     from types import TracebackType
 
-ROOT = Path(__file__).resolve().parents[2]
-END_S = 20
 ASLEEP_S = 10
 SESSION = "vm"
 
 
-class LiveMounted:
+class LiveMounted(ServerProcess):
     """Inside ``with`` a server shows a session whose disks are ``disk``s; everything lies below ``folder``."""
 
     def __init__(self, folder: Path, *, deadline_s: float = 30.0, passes: bool = False) -> None:
+        super().__init__(folder / "log")
         self.state = folder / "sessions"
         self.mount = folder / "live"
         self.control = folder / "control"
-        self.log = folder / "log"
         self.deadline_s = deadline_s
         self.passes = passes
         for path in (self.state, self.mount, self.control):
             path.mkdir(parents=True, exist_ok=True)
-        self.server: subprocess.Popen[str] | None = None
 
     @property
     def directory(self) -> Path:
@@ -55,29 +52,8 @@ class LiveMounted:
         place_stub(home / "tree", path, key)
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "tests.support.live_server", self.state, self.mount, self.control]
-        command += ["--deadline", self.deadline_s, *["--passes"] * self.passes]
-        with self.log.open("ab") as log:
-            self.server = subprocess.Popen(
-                [*map(str, command)],
-                cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "engine")])},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-        assert self.server.stdout is not None
-        if self.server.stdout.readline() != "ready\n":
-            self.wait()
-            raise AssertionError(self.log.read_text())
-
-    def wait(self) -> int:
-        assert self.server is not None
-        code = self.server.wait(END_S)
-        assert self.server.stdout is not None
-        self.server.stdout.close()
-        return code
+        words = (self.state, self.mount, self.control, "--deadline", self.deadline_s, *["--passes"] * self.passes)
+        assert self.spawn("tests.support.live_server", *words) == "ready\n"
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Signal the server, and take what it leaves mounted away."""

@@ -7,39 +7,35 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from tests.support.engine import Engine
+from tests.support.servers import ServerProcess
 from xbfs.fuse.mount import DataPlaneKind
 from xbfs.fuse.mountpoint import mounts
 from xbfs_engine.storage.local import LocalStorage
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import TracebackType
 
-ROOT = Path(__file__).resolve().parents[2]
-READY_S = 30
-END_S = 20
 
-
-class Mounted:
+class Mounted(ServerProcess):
     """A repository below ``folder`` and, inside ``with``, a server process that has it mounted."""
 
     data_plane: ClassVar[DataPlaneKind] = DataPlaneKind.DEVICE
 
     def __init__(self, folder: Path, *, deadline_s: float = 30.0, engine: Engine | None = None) -> None:
+        super().__init__(folder / "log")
         self.storage = folder / "repository"
         self.directory = folder / "mnt"
         self.control = folder / "control"
-        self.log = folder / "log"
         self.deadline_s = deadline_s
         for path in (self.directory, self.control):
             path.mkdir(exist_ok=True)
         self.engine = engine or Engine.fresh(folder / "cache", LocalStorage(self.storage))
         self.user: int | None = None
         self.allow_other = False
-        self.server: subprocess.Popen[str] | None = None
 
     @property
     def vm(self) -> Path:
@@ -55,33 +51,11 @@ class Mounted:
 
     def start(self) -> None:
         """Start the server and wait until the mount is usable."""
-        command = [sys.executable, "-m", "tests.support.mount_server", self.storage, self.directory, self.control]
-        command += ["--deadline", self.deadline_s, *(["--allow-other"] if self.allow_other else [])]
-        command += ["--data-plane", self.data_plane.value]
-        command += [] if self.user is None else ["--user", self.user]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "engine")])}
-        with self.log.open("ab") as log:
-            self.server = subprocess.Popen(
-                [*map(str, command)],
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-        assert self.server.stdout is not None
-        if self.server.stdout.readline() != "ready\n":
-            self.wait()
-            raise AssertionError(self.log.read_text())
-
-    def wait(self) -> int:
-        """The server's exit code, once it has ended by itself."""
-        assert self.server is not None
-        code = self.server.wait(END_S)
-        assert self.server.stdout is not None
-        self.server.stdout.close()
-        return code
+        words = [self.storage, self.directory, self.control, "--deadline", self.deadline_s]
+        words += ["--allow-other"] if self.allow_other else []
+        words += ["--data-plane", self.data_plane.value]
+        words += [] if self.user is None else ["--user", self.user]
+        assert self.spawn("tests.support.mount_server", *words) == "ready\n"
 
     def signal(self, number: signal.Signals) -> int:
         """Send a signal and wait; the exit code."""
