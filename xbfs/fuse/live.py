@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import trio
 
 from xbfs.fuse import mountpoint
+from xbfs.fuse.connection import connected, serve_kernel
 from xbfs.fuse.files import OpenFiles
 from xbfs.fuse.live_plane import LivePlane
-from xbfs.fuse.mount import USABLE_S, connected, tune_read_ahead
 from xbfs.vfs.live.disks import LEAVE_S
 from xbfs.vfs.live.tree import ignored
-from xbfs_engine.core.errors import MountFailed
-from xbfs_engine.core.log import Logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -36,8 +34,6 @@ SETTLE_S: Final = 1.0
 FILES_MAX: Final = 65536
 """Descriptors wanted: each file that the kernel knows takes one."""
 _POLL_S: Final = 0.01
-
-_log = Logger("xbfs.live")
 
 
 class LiveMount:
@@ -84,38 +80,16 @@ class LiveMount:
                     await trio.sleep(_POLL_S)
 
     async def _serve(self, plane: LivePlane, path: Path, task_status: trio.TaskStatus[None]) -> None:
-        import pyfuse3
-
-        problem: str | None = None
-        async with trio.open_nursery() as nursery:
-
-            async def serve_kernel() -> None:
-                nonlocal problem
-                try:
-                    await pyfuse3.main()
-                except Exception as exc:  # noqa: BLE001 - libfuse's loop; whatever it is, the mount is over
-                    _log.error("the connection to the kernel broke", exc_info=exc)
-                    problem = f"the connection to the kernel broke: {exc}"
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(plane.tend)
+        def beside(nursery: trio.Nursery) -> None:
             nursery.start_soon(self._tend)
-            nursery.start_soon(serve_kernel)
-            try:
-                with trio.fail_after(USABLE_S):
-                    status = await trio.to_thread.run_sync(path.stat, abandon_on_cancel=True)
-            except (trio.TooSlowError, OSError) as exc:
-                problem = f"the mount on {path} does not answer: {exc}"
-                nursery.cancel_scope.cancel()
-            else:
-                tune_read_ahead(status.st_dev)
-                if os.geteuid() == 0:
-                    # Clients can make links (NFSv3 always), and what exports a directory may follow them on this host.
-                    mountpoint.follow_no_links(path)
-                task_status.started()
-        problem = plane.problem or problem
-        if problem is not None:
-            raise MountFailed(problem)
+
+        def usable(_nursery: trio.Nursery, _read_ahead_kib: int | None) -> None:
+            if os.geteuid() == 0:
+                # Clients can make links (NFSv3 always), and what exports a directory may follow them on this host.
+                mountpoint.follow_no_links(path)
+            task_status.started()
+
+        await serve_kernel(plane, path, beside, usable)
 
     async def _tend(self) -> NoReturn:
         """Put down times."""

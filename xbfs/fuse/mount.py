@@ -11,26 +11,23 @@ import signal
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from xbfs.fuse import mountpoint
 from xbfs.fuse.background import run_in_background
+from xbfs.fuse.connection import connected, serve_kernel
 from xbfs.fuse.control import take_keys
-from xbfs.fuse.device import mount_device
 from xbfs.fuse.files import OpenFiles
 from xbfs.fuse.plane import DataPlane
 from xbfs.vfs.filesystem import FileSystem, ViewOptions
 from xbfs_engine.core.errors import MountFailed, StorageTimeout
-from xbfs_engine.core.log import Logger
 from xbfs_engine.guestfs.worker.client import GuestWorkers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    import pyfuse3
+    from pathlib import Path
 
     from xbfs.fuse.operations import Operations
     from xbfs.vfs.filesystem import Changes
@@ -40,16 +37,8 @@ if TYPE_CHECKING:
     from xbfs_engine.store.reader import Locator
     from xbfs_engine.store.repository import Repository
 
-READ_AHEAD_KIB: Final = 1024
-"""The kernel's read-ahead: requests of 1 MiB, the largest it sends, cost a quarter less than the usual 128 KiB."""
-USABLE_S: Final = 10.0
-"""What the kernel gets to answer the first stat of a new mount."""
 GRACE_S: Final = 2.0
 """What requests under way get when the server is told to stop."""
-
-Plane = TypeVar("Plane", bound=DataPlane)
-
-_log = Logger("xbfs.mount")
 
 
 class DataPlaneKind(Enum):
@@ -161,83 +150,19 @@ def _by_device(
         yield connection
 
 
-@contextmanager
-def connected(
-    plane_of: Callable[[int, Callable[[], None]], Plane],
-    operations: pyfuse3.Operations,
-    path: Path,
-    options: set[str],
-    hint: str,
-) -> Iterator[Plane]:
-    """``path`` is mounted inside: ``plane_of`` makes the data plane of device and what it calls at the end.
-
-    Raises MountFailed with ``hint``, FuseMissing.
-    """
-    import pyfuse3
-
-    token = trio.lowlevel.current_trio_token()
-    open_session = False
-
-    def terminate() -> None:
-        if open_session:  # libfuse crashes when it is asked without one
-            pyfuse3.terminate()
-
-    def ended() -> None:
-        with suppress(trio.RunFinishedError):
-            token.run_sync_soon(terminate)
-
-    device = mount_device(path, options, hint)
-    plane = plane_of(device, ended)
-    try:
-        pyfuse3.init(operations, f"/dev/fd/{plane.control}", options)
-        open_session = True
-        plane.start()
-        try:
-            yield plane
-        finally:
-            mountpoint.let_go(path)
-            open_session = False
-            pyfuse3.close(unmount=False)
-    finally:
-        plane.close()
-
-
 async def _serve(filesystem: FileSystem, plane: DataPlane | None, path: Path, ready: Callable[[], None]) -> None:
-    import pyfuse3
-
-    problem: MountFailed | None = None
-    filesystem.tell = _tell_kernel
-    async with trio.open_nursery() as nursery:
-
-        async def serve_kernel() -> None:
-            nonlocal problem
-            try:
-                await pyfuse3.main()
-            except Exception as exc:  # noqa: BLE001 - libfuse's loop; whatever it is, the mount is over
-                _log.error("the connection to the kernel broke", exc_info=exc)
-                problem = MountFailed(f"the connection to the kernel broke: {exc}")
-            nursery.cancel_scope.cancel()
-
+    def beside(nursery: trio.Nursery) -> None:
         nursery.start_soon(filesystem.tend)
-        if plane is not None:
-            nursery.start_soon(plane.tend)
         nursery.start_soon(take_keys, filesystem)
-        nursery.start_soon(serve_kernel)
         nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
-        try:
-            with trio.fail_after(USABLE_S):
-                status = await trio.to_thread.run_sync(path.stat, abandon_on_cancel=True)
-        except (trio.TooSlowError, OSError) as exc:
-            problem = MountFailed(f"the mount on {path} does not answer: {exc}")
-            nursery.cancel_scope.cancel()
-        else:
-            filesystem.report.read_ahead_kib = tune_read_ahead(status.st_dev)
-            ready()
-            nursery.start_soon(_keep_fresh, filesystem)
-    if plane is not None and plane.problem is not None:
-        problem = MountFailed(plane.problem)
-    if problem is not None:
-        raise problem
+
+    def usable(nursery: trio.Nursery, read_ahead_kib: int | None) -> None:
+        filesystem.report.read_ahead_kib = read_ahead_kib
+        ready()
+        nursery.start_soon(_keep_fresh, filesystem)
+
+    filesystem.tell = _tell_kernel
+    await serve_kernel(plane, path, beside, usable)
 
 
 async def _stop_on_signal(everything: trio.CancelScope) -> None:
@@ -280,14 +205,3 @@ def _refusal_hint(options: MountOptions) -> str:
     if options.allow_other and os.geteuid() != 0:
         return "allow_other needs the line user_allow_other in /etc/fuse.conf; see also the message above"
     return "" if options.data_plane is DataPlaneKind.DEVICE else f"see the message of {mountpoint.FUSERMOUNT} above"
-
-
-def tune_read_ahead(device: int) -> int | None:
-    """Set the kernel's read-ahead where we may; returns what it is now, in KiB, if that can be read."""
-    setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
-    with suppress(OSError):
-        setting.write_text(str(READ_AHEAD_KIB))
-    try:
-        return int(setting.read_text())
-    except (OSError, ValueError):
-        return None
