@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from xbfs.view.base import Extent, joined
+from xbfs.view.base import Extent, joined, joined_cached
 from xbfs.view.overlay.regions import Layer, Region, merged, zeros
 from xbfs_engine.core.errors import CommitRefused, IntegrityError, SourceUnreadable
 from xbfs_engine.formats.vhd_records import (
@@ -89,10 +89,7 @@ class VhdDisk:
 
     def read_cached(self, offset: int, length: int) -> bytes | memoryview | None:
         """The same bytes if all of them are in memory, else None. Never blocks, never raises."""
-        parts = self.parts_cached(offset, length)
-        if parts is None:
-            return None
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return joined_cached(self.parts_cached(offset, length))
 
     def parts_cached(self, offset: int, length: int) -> list[Part] | None:
         """``read_cached`` in pieces."""

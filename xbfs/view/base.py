@@ -21,6 +21,13 @@ def joined(parts: Sequence[Part]) -> bytes:
     return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
 
 
+def joined_cached(parts: Sequence[Part] | None) -> Part | None:
+    """The pieces as one, without a copy of a single one; None if there are none to be had without waiting."""
+    if parts is None:
+        return None
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 class Extent(NamedTuple):
     """A range of an image: data that must be read, or a hole that reads as zeros."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from xbfs.view.base import Extent, joined
+from xbfs.view.base import Extent, joined, joined_cached
 from xbfs_engine.core.errors import IntegrityError, MapCorrupt
 from xbfs_engine.core.limits import CHUNK_SIZE_MAX, LEAF_FANOUT, MIB
 
@@ -77,10 +77,7 @@ class PointDisk:
 
     def read_cached(self, offset: int, length: int) -> bytes | memoryview | None:
         """The same bytes if all map nodes and chunks are in memory, else None. Never blocks, never raises."""
-        parts = self.parts_cached(offset, length)
-        if parts is None:
-            return None
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return joined_cached(self.parts_cached(offset, length))
 
     def parts_cached(self, offset: int, length: int) -> list[memoryview] | None:
         """``read_cached`` in pieces, one for each chunk."""

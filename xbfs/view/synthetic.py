@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from xbfs.view.base import Extent, joined
+from xbfs.view.base import Extent, joined, joined_cached
 from xbfs_engine.formats.segments import DiskExtent, Literal, Segment
 
 if TYPE_CHECKING:
@@ -41,10 +41,7 @@ class SyntheticImage:
 
     def read_cached(self, offset: int, length: int) -> bytes | memoryview | None:
         """The same bytes if the disk has all it must give cached, else None. Never blocks, never raises."""
-        parts = self.parts_cached(offset, length)
-        if parts is None:
-            return None
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return joined_cached(self.parts_cached(offset, length))
 
     def parts_at(self, offset: int, length: int) -> list[Part]:
         """``read_at`` in pieces: the disk's own, and one for each other segment."""

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from threading import Condition, Lock
 from typing import TYPE_CHECKING, Final, Self
 
-from xbfs.view.base import Extent, joined
+from xbfs.view.base import Extent, joined, joined_cached
 from xbfs.view.overlay.reading import Stamp
 from xbfs.view.overlay.regions import LAYERS, Layer, Region, byte_runs, gathered, layered, merged, zeros
 from xbfs.view.overlay.unitmap import ABSENT, COPIED, DATA, PAGE_UNITS, UNIT, ZERO, UnitMap, runs_of
@@ -196,10 +196,7 @@ class FrozenOverlay:
 
     def read_cached(self, offset: int, length: int) -> bytes | memoryview | None:
         """The same bytes if all of them are in memory, else None. Never blocks, never raises."""
-        parts = self.parts_cached(offset, length)
-        if parts is None:
-            return None
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return joined_cached(self.parts_cached(offset, length))
 
     def parts_cached(self, offset: int, length: int) -> Sequence[Part] | None:
         """``read_cached`` in pieces."""

@@ -13,7 +13,7 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Final, Self
 
-from xbfs.view.base import Extent, joined
+from xbfs.view.base import Extent, joined, joined_cached
 from xbfs.view.overlay.freeze import FrozenOverlay, Saved
 from xbfs.view.overlay.hydration import hydrate, materialise
 from xbfs.view.overlay.reading import Reader
@@ -113,10 +113,7 @@ class Overlay:
 
     def read_cached(self, offset: int, length: int) -> bytes | memoryview | None:
         """The same bytes if all of them are in memory, else None. Never blocks, never raises."""
-        parts = self.parts_cached(offset, length)
-        if parts is None:
-            return None
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return joined_cached(self.parts_cached(offset, length))
 
     def parts_cached(self, offset: int, length: int) -> Sequence[Part] | None:
         """``read_cached`` in pieces."""
