@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from xbfs.cli import values
 from xbfs.cli.boot_commit_parsers import add_commit
+from xbfs.cli.restore_parsers import add_networks
 
 if TYPE_CHECKING:
     import argparse
@@ -143,15 +144,7 @@ def _add_pool(start: argparse.ArgumentParser) -> None:
     pool.add_argument("--sr-name", metavar="NAME", help="name of the SR that is made (default: xbfs and the VM's name)")
     pool.add_argument("--host", metavar="HOST", help="only this host, by name or uuid, gets the SR (default: all)")
     networks = pool.add_mutually_exclusive_group()
-    networks.add_argument(
-        "--network",
-        dest="networks",
-        type=values.network_pair,
-        action="append",
-        default=[],
-        metavar="A=B",
-        help="put what was in network A into network B of the pool, each by name or uuid",
-    )
+    add_networks(networks)
     networks.add_argument("--isolated", action="store_true", help="the VM gets no network interface")
     pool.add_argument("--no-start", action="store_true", help="leave the VM halted")
     pool.add_argument(

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from xbfs.cli import values
 
 if TYPE_CHECKING:
+    import argparse
+
     from xbfs.cli.xen_parsers import Verbs
 
 
@@ -40,15 +42,7 @@ def add_restore(verbs: Verbs) -> None:
         help="only disk N; may be given several times",
     )
     restore.add_argument("--attach", metavar="VM", help="with --disk: the VM, by name or uuid, that gets the disks")
-    restore.add_argument(
-        "--network",
-        dest="networks",
-        type=values.network_pair,
-        action="append",
-        default=[],
-        metavar="A=B",
-        help="put what was in network A into network B of the pool, each by name or uuid",
-    )
+    add_networks(restore)
     restore.add_argument(
         "--keep-identity",
         action="store_true",
@@ -57,3 +51,16 @@ def add_restore(verbs: Verbs) -> None:
     restore.add_argument("--start", action="store_true", help="start the VM in the end")
     restore.add_argument("-n", "--dry-run", action="store_true", help="only say what would be made")
     restore.add_argument("-q", "--quiet", action="store_true", help="show no progress")
+
+
+def add_networks(options: argparse.ArgumentParser | argparse._MutuallyExclusiveGroup) -> None:
+    """``--network``, of verbs that make a VM on a pool."""
+    options.add_argument(
+        "--network",
+        dest="networks",
+        type=values.network_pair,
+        action="append",
+        default=[],
+        metavar="A=B",
+        help="put what was in network A into network B of the pool, each by name or uuid",
+    )
