@@ -70,7 +70,7 @@ class BootWorld(World):
                 shutil.rmtree(self.state / "sessions" / name)
 
     def processes(self) -> list[int]:
-        """Supervisors and servers of this world's sessions, oldest first."""
+        """Supervisors and servers of this world's sessions, and commands that run, oldest first."""
         wanted = f"XBFS_STATE={self.directory / 's'}".encode()
         found = []
         for process in Path("/proc").iterdir():
@@ -78,7 +78,7 @@ class BootWorld(World):
                 words = (process / "cmdline").read_bytes()
                 if b"\0boot\0" in words and wanted in (process / "environ").read_bytes().split(b"\0"):
                     found.append(int(process.name))
-        return sorted(found)
+        return sorted(found, key=_started)  # numbers begin anew at 32768, often within one run of the tests
 
     def supervisor(self) -> int:
         return next(pid for pid in self.processes() if _parent(pid) not in self.processes())
@@ -118,7 +118,16 @@ def wait_until(holds: Any, limit_s: float = GONE_S) -> None:
 
 
 def _parent(pid: int) -> int:
+    return _stat(pid, 4)
+
+
+def _started(pid: int) -> tuple[int, int]:
+    return _stat(pid, 22), pid
+
+
+def _stat(pid: int, field: int) -> int:
+    """A number of proc(5)'s stat, counted as there; 0 if the process is gone."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[field - 3])
     except OSError:
         return 0
