@@ -11,14 +11,19 @@ import pytest
 from tests.support.disks import CHUNK, MemoryDisk
 from tests.support.overlays import FaultyFile, faulty
 from xbfs.view.overlay import open_overlay
-from xbfs.view.overlay.files import existing_files
-from xbfs.view.overlay.opening import resume
+from xbfs.view.overlay.files import existing_files, make_files
+from xbfs.view.overlay.opening import begin, resume
 from xbfs.view.overlay.recent import RecentMarks, boot_id
-from xbfs_engine.core.errors import StorageError
+from xbfs_engine.core.errors import StorageError, StorageFull
 from xbfs_engine.core.runtime import SystemClock
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from typing_extensions import Buffer
+
+    from xbfs.view.overlay.files import StateFile
 
 UNIT = 4096
 BASE = MemoryDisk.full(4 * CHUNK)
@@ -96,3 +101,33 @@ def test_what_was_copied_is_still_a_copy_unless_marks_are_lost(tmp_path: Path, i
         assert again.data_bytes + again.hydrated_bytes == len(CONTENT)
     with open_overlay(tmp_path / "o", BASE, identity=b"") as again:
         assert again.data_bytes == (UNIT if is_same_boot else len(CONTENT))
+
+
+class NoRoomForRecords:
+    """The file of recent marks on a disk that is full: its head has its place already."""
+
+    def __init__(self, file: StateFile) -> None:
+        self._file = file
+        self.is_full = False
+
+    def write_at(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        if self.is_full and offset:
+            raise StorageFull("full")
+        self._file.write_at(offset, buffers)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._file, name)
+
+
+def test_what_was_copied_and_then_written_counts_as_written_without_its_mark(tmp_path: Path) -> None:
+    real = make_files(tmp_path / "o")
+    recent = NoRoomForRecords(real.recent)
+    overlay = begin(real, BASE, RecentMarks(recent, boot_id()), identity=b"")
+    overlay.hydrate(rate_bytes_s=None, clock=SystemClock(), stop=Event())
+    recent.is_full = True
+    overlay.write_at(UNIT, [b"x" * UNIT])
+    real.close()
+    with open_overlay(tmp_path / "o", BASE, identity=b"") as again:
+        assert again.read_at(UNIT, UNIT) == b"x" * UNIT
+        changed = [(region.offset, region.offset + region.length) for region in again.changed_extents()]
+        assert any(start <= UNIT and stop >= 2 * UNIT for start, stop in changed)

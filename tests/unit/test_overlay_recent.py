@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import random  # noqa: TID251 - seeded
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.power import ModelFile, Power
 from xbfs.view.overlay.recent import RecentMarks, boot_id
 from xbfs_engine.core.errors import StorageFull
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from typing_extensions import Buffer
 
 BOOT = b"b" * 16
 
@@ -91,6 +97,38 @@ def test_a_full_disk_keeps_no_room(file: ModelFile, monkeypatch: pytest.MonkeyPa
     recent.begin()
     recent.add(0, 1, 1)
     assert ring(file).left() == [(0, 1, 1)]
+
+
+def test_a_mark_that_can_not_be_written_down_is_told_to_be_missing(
+    file: ModelFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recent = ring(file)
+    recent.begin()
+    recent.add(0, 1, 1)
+    write = file.write_at
+
+    def full(offset: int, buffers: Sequence[Buffer]) -> None:
+        if offset:
+            raise StorageFull("full")
+        write(offset, buffers)
+
+    monkeypatch.setattr(file, "write_at", full)
+    recent.add(1, 2, 1)
+    assert ring(file).left() == [(0, 1, 1)]
+    assert not ring(file).tells_all
+
+
+def test_without_room_for_a_head_nothing_counts(file: ModelFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_offset: int, _buffers: Sequence[Buffer]) -> None:
+        raise StorageFull("full")
+
+    monkeypatch.setattr(file, "write_at", full)
+    recent = ring(file)
+    recent.begin()
+    recent.add(0, 1, 1)
+    recent.forget(recent.position)
+    assert ring(file).left() == []
+    assert not ring(file).tells_all
 
 
 def test_the_machine_tells_one_boot_from_another() -> None:

@@ -105,22 +105,30 @@ class RecentMarks:
         numbers = self._found()["number"]
         self._next = int(numbers.max()) + 1 if numbers.size else 1
         self._is_off = self._is_partial = False
-        self.forget(self._next)
+        try:
+            self.forget(self._next)
+        except StorageFull:
+            self._is_off = True  # without a head nothing counts
 
     def add(self, first: int, last: int, state: int) -> None:
-        """Units [first, last) are in ``state`` from now on; called after it was marked."""
+        """Units [first, last) are in ``state`` from now on; called after it was marked. What can not be written down is
+        as volatile as without this file, and the head says that something is missing."""
         assert 0 < last - first <= _COUNT_MAX
         with self._lock:
             number = self._next
-            # No room: as good as no file. A flush is under way, or soon to come.
+            # No room: a flush is under way, or soon to come.
             if self._is_off or number - self._oldest >= self._records:
-                self._is_partial = True
-                self._tell()
+                self._miss()
                 return
             self._next = number + 1
         what = first << 22 | (last - first - 1) << 2 | state
         place = _RECORDS_AT + number % self._records * _RECORD.size
-        self._file.write_at(place, [_RECORD.pack(self._boot, number, what)])
+        try:
+            self._file.write_at(place, [_RECORD.pack(self._boot, number, what)])
+        except StorageError:
+            # Not the writer's: the mark is made, so a second try of his would not come here again.
+            with self._lock:
+                self._miss()
 
     def forget(self, position: int) -> None:
         """What came before ``position`` is in the map, durably."""
@@ -134,6 +142,11 @@ class RecentMarks:
             self._is_off = True
             self._oldest = _NEVER
             self._file.write_at(0, [_HEAD.pack(self._boot, _NEVER, False)])
+
+    def _miss(self) -> None:
+        """A mark is not written down, for who has the lock."""
+        self._is_partial = True
+        self._tell()
 
     def _tell(self) -> None:
         """Write the head, for who has the lock."""
