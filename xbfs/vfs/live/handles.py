@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from abc import ABC, abstractmethod
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -60,7 +61,7 @@ class WritableFile(OpenFile, Protocol):
         ...
 
 
-class Opened:
+class Opened(ABC):
     """What all open files have in common. ``session``: whose file it is; ``label``: what the log calls it."""
 
     __slots__ = ("failed", "label", "seek_waits", "session", "timeout_s")
@@ -72,17 +73,20 @@ class Opened:
         self.seek_waits = True
         self.failed: Callable[[int, int, XbfsError], None] = self._log_failure
 
+    @abstractmethod
     def parts_cached(self, offset: int, size: int) -> Sequence[Part] | None:
         """The bytes of [offset, offset+size), clipped at the end, if they are in memory. Never blocks."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def parts_now(self, offset: int, size: int) -> Sequence[Part]:
         """The same, wherever they are. May block. Raises XbfsError, Refused."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def seek(self, offset: int, *, data: bool) -> int | None:
         """Where data, or else a hole, begins at or behind ``offset``; None if there is none (lseek(2), ENXIO)."""
-        raise NotImplementedError
+        ...
 
     def read_cached(self, offset: int, size: int) -> bytes | memoryview | None:
         """``parts_cached`` as one."""
@@ -93,8 +97,10 @@ class Opened:
         """``parts_now`` as one, in a thread."""
         return b"".join(await trio.to_thread.run_sync(self.parts_now, offset, size))
 
+    @abstractmethod
     def close(self) -> None:
         """Nobody reads any more."""
+        ...
 
     def _log_failure(self, offset: int, size: int, problem: XbfsError) -> None:
         _log.warning("a disk failed", file=self.label, offset=offset, size=size, problem=str(problem))
@@ -120,6 +126,9 @@ class OpenImage(Opened):
     def seek(self, offset: int, *, data: bool) -> int | None:
         """Where data, or else a hole, begins at or behind ``offset``."""
         return sought(self._image, offset, data=data)
+
+    def close(self) -> None:
+        """The image is whoever shows it's."""
 
 
 class OpenDisk(Opened):
