@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.cli import COMMAND, World
-from tests.support.xensim import BACKUP_USER, MIB, XenSim, default_world, running_sim
+from tests.support.cli import World
+from tests.support.xensim import BACKUP_USER, MIB, XenSim, default_world, running_sim, signalled_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,17 +38,8 @@ class Site:
 
     def kill_at(self, method: str) -> None:
         """A backup that is killed when the pool has executed ``method`` and has not answered yet."""
-        fault = self.sim.fault(method, "hold_after")
-        command = [*COMMAND, "backup", "vm", "web", "--pool", "lab", "--wait", "0"]
-        environment = self.world.environment(**self._places())
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        ) as process:
-            try:
-                self.sim.wait_fault(fault)
-            finally:
-                process.send_signal(signal.SIGKILL)
-                self.sim.clear(fault)
+        words = ("backup", "vm", "web", "--pool", "lab", "--wait", "0")
+        signalled_at(self.sim, method, signal.SIGKILL, words, self.world.environment(**self._places()))
 
     def content(self, vdi: str) -> bytes:
         size = next(int(one["virtual_size"]) for one in self.sim.dump("VDI")["VDI"] if one["uuid"] == vdi)

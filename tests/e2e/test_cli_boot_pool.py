@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -17,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.boot_world import BootWorld
-from tests.support.cli import COMMAND, TIMEOUT_S, Done
 from tests.support.engine import pattern
 from tests.support.nfs_network import needs_ganesha, needs_libnfs, private_network
 from tests.support.restore_lab import RESTLESS, content, state_of
-from tests.support.xensim import MIB, XenSim, default_world, running_sim
+from tests.support.xensim import MIB, XenSim, default_world, running_sim, signalled_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tests.support.cli import Done
 
 pytestmark = [needs_ganesha, needs_libnfs]
 
@@ -79,20 +79,8 @@ class Site:
 
     def stopped_at(self, point: str, how: signal.Signals, *words: str) -> int:
         """A command that gets a signal when the pool has done ``point`` and not answered yet; its exit code."""
-        fault = self.sim.fault(point, "hold_after")
-        command = [*COMMAND, "boot", *words]
         environment = self.world.environment(XBFS_CONFIG=str(self.world.directory / "config"))
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        ) as process:
-            try:
-                self.sim.wait_fault(fault)
-            finally:
-                process.send_signal(how)
-                if how is signal.SIGKILL:
-                    process.wait(TIMEOUT_S)
-                self.sim.clear(fault)
-            return process.wait(TIMEOUT_S)
+        return signalled_at(self.sim, point, how, ("boot", *words), environment)
 
     def sessions(self) -> list[str]:
         return [one["name"] for one in self.good(self.world, "boot", "list")["sessions"]]

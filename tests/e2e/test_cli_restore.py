@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.cli import COMMAND, TIMEOUT_S, Done, World
+from tests.support.cli import Done, World
 from tests.support.engine import pattern
 from tests.support.restore_lab import content, state_of
-from tests.support.xensim import BACKUP_USER, MIB, XenSim, default_world, running_sim
+from tests.support.xensim import BACKUP_USER, MIB, XenSim, default_world, running_sim, signalled_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,20 +57,8 @@ class Site:
 
     def stopped_at(self, point: str, how: signal.Signals) -> int:
         """A restore that gets a signal when the pool has done ``point`` and not answered yet; its exit code."""
-        fault = self.sim.fault(point, "hold_after")
-        command = [*COMMAND, "restore", "web@latest", "--pool", "lab", "--sr", "nfs", "--as", "copy"]
-        environment = self.world.environment(**self.places())
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        ) as process:
-            try:
-                self.sim.wait_fault(fault)
-            finally:
-                process.send_signal(how)
-                if how is signal.SIGKILL:
-                    process.wait(TIMEOUT_S)
-                self.sim.clear(fault)
-            return process.wait(TIMEOUT_S)
+        words = ("restore", "web@latest", "--pool", "lab", "--sr", "nfs", "--as", "copy")
+        return signalled_at(self.sim, point, how, words, self.world.environment(**self.places()))
 
 
 @pytest.fixture(scope="module")

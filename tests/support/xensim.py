@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.support.cli import COMMAND, TIMEOUT_S
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
@@ -138,6 +141,24 @@ class XenSim:
         """Hang up; the process goes on."""
         self._lines.close()
         self._socket.close()
+
+
+def signalled_at(
+    sim: XenSim, point: str, how: signal.Signals, words: Sequence[str], environment: Mapping[str, str]
+) -> int:
+    """A command of ours that gets a signal when the pool has done ``point`` and not answered yet; its exit code."""
+    fault = sim.fault(point, "hold_after")
+    with subprocess.Popen(
+        [*COMMAND, *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            sim.wait_fault(fault)
+        finally:
+            process.send_signal(how)
+            if how is signal.SIGKILL:
+                process.wait(TIMEOUT_S)
+            sim.clear(fault)
+        return process.wait(TIMEOUT_S)
 
 
 @contextmanager
