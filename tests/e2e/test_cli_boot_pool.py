@@ -5,99 +5,32 @@ In a network of our own, as hosts ask the NFS ports that a real one asks.
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
-import tempfile
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.boot_world import BootWorld
+from tests.support.boot_pool_site import boot_pool_site
 from tests.support.engine import pattern
-from tests.support.nfs_network import needs_ganesha, needs_libnfs, private_network
-from tests.support.restore_lab import RESTLESS, content, state_of
-from tests.support.xensim import MIB, XenSim, default_world, running_sim, signalled_at
+from tests.support.nfs_network import needs_ganesha, needs_libnfs
+from tests.support.restore_lab import content
+from tests.support.xensim import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.support.cli import Done
+    from tests.support.boot_pool_site import Site
 
 pytestmark = [needs_ganesha, needs_libnfs]
 
 BOOT = ("web@latest", "--pool", "lab", "--as", "live", "--name", "s")
-LOOSE = RESTLESS | {"VDIs", "PBDs", "virtual_allocation", "physical_size"}
-
-
-class Site:
-    """A pool, a repository with a point of its VM web, and the command line between them."""
-
-    def __init__(self, sim: XenSim, directory: Path) -> None:
-        self.sim = sim
-        bare = BootWorld(directory)
-        (directory / "password").write_text(sim.root_password)
-        os.environ["XBFS_CONFIG"] = str(directory / "config")
-        self.world = BootWorld(directory, init=self.good(bare, "init"))
-        words = ["pool", "add", "lab", sim.master.url, "--password-file", str(directory / "password")]
-        self.good(self.world, *words, *(word for host in sim.hosts for word in ("--fingerprint", host.fingerprint)))
-        self.contents = {}
-        for number, vdi in enumerate(sim.disks("web")):
-            sim.guest_write(vdi, MIB, pattern(number, 2 * MIB))
-            self.contents[number] = content(sim, vdi)
-        self.good(self.world, "backup", "vm", "web", "--pool", "lab")
-        sim.do("coalesce")
-        self.before = self.state()
-
-    def good(self, world: BootWorld, *words: str) -> dict[str, Any]:
-        done = world.run(*words, "--json", XBFS_CONFIG=str(world.directory / "config"))
-        assert done.code == 0, done.err
-        return done.json
-
-    def run(self, *words: str) -> Done:
-        done = self.world.run(*words, XBFS_CONFIG=str(self.world.directory / "config"))
-        assert self.sim.root_password not in done.err + done.out.decode()
-        assert "OpaqueRef" not in done.err + done.out.decode()
-        return done
-
-    def boot(self, *words: str) -> dict[str, Any]:
-        return self.good(self.world, "boot", *BOOT, *words)
-
-    def state(self) -> dict[str, dict[str, Any]]:
-        """All that a session could leave behind or change."""
-        found = state_of(self.sim) | {
-            cls: {
-                one["uuid"]: {key: value for key, value in one.items() if key not in LOOSE}
-                for one in self.sim.dump(cls)[cls]
-            }
-            for cls in ("SR", "PBD")
-        }
-        found["task"] = {}
-        return found
-
-    def stopped_at(self, point: str, how: signal.Signals, *words: str) -> int:
-        """A command that gets a signal when the pool has done ``point`` and not answered yet; its exit code."""
-        environment = self.world.environment(XBFS_CONFIG=str(self.world.directory / "config"))
-        return signalled_at(self.sim, point, how, ("boot", *words), environment)
-
-    def sessions(self) -> list[str]:
-        return [one["name"] for one in self.good(self.world, "boot", "list")["sessions"]]
 
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
-    directory = Path(tempfile.mkdtemp(prefix="xp-", dir="/dev/shm"))
-    try:
-        with private_network(), running_sim(default_world(), directory / "sim") as sim:
-            site = Site(sim, directory)
-            try:
-                yield site
-            finally:
-                site.world.end()
-    finally:
-        shutil.rmtree(directory)
+    with boot_pool_site() as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +40,10 @@ def cleaned(site: Site) -> Iterator[None]:
     with suppress(StopIteration):
         site.run("boot", "discard", next(iter(site.sessions())), "--force")
     assert site.state() == site.before
+
+
+def boot(site: Site, *words: str) -> dict[str, Any]:
+    return site.good(site.world, "boot", *BOOT, *words)
 
 
 def write_as_guest(site: Site, booted: dict[str, Any]) -> dict[int, bytes]:
@@ -139,7 +76,7 @@ def remove(site: Site, document: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("words", [(), ("--no-start",)])
 def test_a_vm_boots_is_written_to_and_moves_away(site: Site, words: tuple[str, ...]) -> None:
-    booted = site.boot(*words)
+    booted = boot(site, *words)
     vm = site.sim.vm("live")
     assert booted["pool"]["vm"]["uuid"] == vm["uuid"]
     assert vm["power_state"] == ("Halted" if words else "Running")
@@ -155,8 +92,10 @@ def test_a_vm_boots_is_written_to_and_moves_away(site: Site, words: tuple[str, .
 
 
 def test_a_discard_takes_all_and_the_point_is_as_it_was(site: Site) -> None:
-    booted = site.boot("--isolated", "--sr-name", "mine")
-    assert site.sim.vm("live")["VIFs"] == []
+    booted = boot(site, "--isolated", "--sr-name", "mine")
+    (vif,) = (one for one in site.sim.dump("VIF")["VIF"] if one["VM"] == site.sim.vm("live")["uuid"])
+    (network,) = (one for one in site.sim.dump("network")["network"] if one["uuid"] == vif["network"])
+    assert (network["name_label"], network["PIFs"]) == ("mine (isolated)", [])
     write_as_guest(site, booted)
     refused = site.run("boot", "discard", "s")
     assert refused.code == 103, refused.err
@@ -165,7 +104,7 @@ def test_a_discard_takes_all_and_the_point_is_as_it_was(site: Site) -> None:
     assert "would delete its VM on pool lab" in told.out.decode()
     site.good(site.world, "boot", "discard", "s", "--force")
     assert site.state() == site.before
-    again = site.boot("--no-start")
+    again = boot(site, "--no-start")
     disks = {disk["number"]: content(site.sim, disk["vdi_uuid"]) for disk in again["pool"]["disks"]}
     assert disks == site.contents, "what was written is gone with its session"
 
@@ -175,7 +114,7 @@ def test_a_discard_takes_all_and_the_point_is_as_it_was(site: Site) -> None:
     ("point", "running"), [("VDI.pool_migrate", True), ("VDI.copy", False), ("VBD.destroy", False), ("SR.forget", True)]
 )
 def test_a_killed_migration_is_gone_on_with(site: Site, point: str, running: bool) -> None:
-    booted = site.boot(*(() if running else ("--no-start",)))
+    booted = boot(site, *(() if running else ("--no-start",)))
     expected = write_as_guest(site, booted) if running else site.contents
     assert site.stopped_at(point, signal.SIGKILL, "migrate", "s", "--to", "lvm") == -signal.SIGKILL
     document = site.good(site.world, "boot", "migrate", "s", "--to", "lvm")

@@ -70,12 +70,13 @@ class Site:
         directory: Path,
         wishes: BootWishes | None = None,
         networks: tuple[str, ...] = ("lan", "lab"),
+        pool: FakeBootPool | None = None,
     ) -> None:
-        self.pool, self.directory = FakeBootPool({}, networks), directory
+        self.pool, self.directory = pool or FakeBootPool({}, networks), directory
         self.before = self.pool.everything()
         target = run(partial(look_at, self.pool))
         self.plan: BootPlan = plan_boot(point, target, wishes or BootWishes(), "lab", system_runtime().random)
-        self.pool.files = {self.plan.record.vdis[disk.number]: disk.disk.size_bytes for disk in self.plan.vm.disks}
+        self.pool.files |= {self.plan.record.vdis[disk.number]: disk.disk.size_bytes for disk in self.plan.vm.disks}
         Journal.begin(directory, self.plan.record)
 
     @property
@@ -293,10 +294,47 @@ def test_without_a_network_of_the_pool_the_vm_can_be_isolated(point: RestorePoin
         Site(point, tmp_path, networks=())
     site = Site(point, tmp_path, BootWishes(isolated=True), networks=())
     site.boot()
-    assert site.pool.db.refs(site.vm, "VIFs") == []
-    assert site.pool.db.mapping(site.vm, "blocked_operations") == {}
+    db = site.pool.db
+    (network,) = networks_of(site)
+    assert db.refs(network, "PIFs") == []
+    assert network not in site.before
+    assert db.mapping(site.vm, "blocked_operations") == {}
     with pytest.raises(UsageError):
         Site(point, tmp_path, BootWishes(disks=frozenset({7})))
+
+
+def networks_of(site: Site) -> set[str]:
+    return {site.pool.db.text(vif, "network") for vif in site.pool.db.refs(site.vm, "VIFs")}
+
+
+def test_two_isolated_vms_do_not_see_each_other(point: RestorePoint, tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("1", "2")]
+    for path in paths:
+        path.mkdir()
+    first = Site(point, paths[0], BootWishes(isolated=True))
+    first.boot()
+    first.pool.files.clear()  # they are on its SR now
+    other = Site(point, paths[1], BootWishes(isolated=True), pool=first.pool)
+    other.boot()
+    assert not networks_of(first) & networks_of(other)
+    other.discard()
+    other.check_clean()
+
+
+@pytest.mark.parametrize("effect", EFFECTS)
+def test_an_isolated_vm_keeps_its_network_where_it_goes(point: RestorePoint, tmp_path: Path, effect: str) -> None:
+    for nth in range(1, CALLS_MAX):
+        site = Site(point, tmp_path, BootWishes(isolated=True))
+        site.boot()
+        struck = site.failing(nth, effect, site.migrate)
+        site.migrate()
+        site.discard()
+        (network,) = networks_of(site)
+        assert network not in site.before, (nth, site.pool.struck)
+        assert SESSION_KEY not in site.pool.db.mapping(network, "other_config")
+        if not struck:
+            return
+    pytest.fail("there is no end of calls")
 
 
 def test_the_name_in_the_making_is_no_run_of_a_sweep(point: RestorePoint, tmp_path: Path) -> None:

@@ -75,8 +75,8 @@ class BootWorld(World):
         found = []
         for process in Path("/proc").iterdir():
             with suppress(OSError):
-                words = (process / "cmdline").read_bytes()
-                if b"\0boot\0" in words and wanted in (process / "environ").read_bytes().split(b"\0"):
+                words = set((process / "cmdline").read_bytes().split(b"\0"))
+                if words & {b"boot", b"test"} and wanted in (process / "environ").read_bytes().split(b"\0"):
                     found.append(int(process.name))
         return sorted(found, key=_started)  # numbers begin anew at 32768, often within one run of the tests
 

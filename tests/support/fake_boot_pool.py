@@ -126,8 +126,12 @@ class FakeBootPool(FakeXapi):
     def VIF_create(self, record: dict[str, Any]) -> str:
         return self.db.create("VIF", **record)
 
-    def VIF_destroy(self, vif: str) -> None:
-        self.db.destroy(self.db.check("VIF", vif))
+    def network_create(self, record: dict[str, Any]) -> str:
+        return self.db.create("network", **record, bridge=f"xapi{len(self.db.all('network'))}")
+
+    def network_destroy(self, network: str) -> None:
+        assert self.db.refs(self.db.check("network", network), "VIFs") == [], "interfaces of others go with it"
+        self.db.destroy(network)
 
     def VM_start(self, vm: str, _paused: bool, _force: bool) -> None:
         self._turn(vm, "Halted", "Running", on=True)

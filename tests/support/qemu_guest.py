@@ -24,7 +24,8 @@ BOOT_S = 180
 
 class Guest:
     """A running machine. ``blockdev``: QEMU's options of its only disk, without a node name; ``objects``: what they
-    refer to. ``words``: what the guest should do. ``prefix``: a command that runs QEMU, such as nsenter."""
+    refer to. ``words``: what the guest should do. ``prefix``: a command that runs QEMU, such as nsenter. ``screen``:
+    the unix socket where it is drawn by RFB."""
 
     def __init__(
         self,
@@ -35,6 +36,7 @@ class Guest:
         uefi: bool = False,
         objects: Sequence[str] = (),
         prefix: Sequence[str] = (),
+        screen: Path | None = None,
     ) -> None:
         if shutil.which(_QEMU) is None:
             pytest.skip(f"{_QEMU} is not installed")
@@ -57,7 +59,8 @@ class Guest:
             "-nodefaults",
             "-no-reboot",
         ]
-        command += ["-display", "none", "-net", "none", "-serial", f"file:{self._console}"]
+        drawn = ["-display", "none"] if screen is None else ["-vga", "std", "-vnc", f"unix:{screen}"]
+        command += [*drawn, "-net", "none", "-serial", f"file:{self._console}"]
         command += ["-qmp", f"unix:{self._socket},server=on,wait=off", "-smbios", f"type=1,family={words}"]
         if uefi:
             command += ["-drive", f"if=pflash,format=raw,readonly=on,file={_FIRMWARE}"]

@@ -106,6 +106,7 @@ class World:
     sessions: Sessions
     tasks: Tasks
     vtpm_contents: dict[Ref, str]  # the state of VTPMs, which no field of XAPI shows
+    screens: dict[str, str]  # unix sockets of RFB servers by uuid of the VM; "" is any other's
 
     def __init__(self, state_dir: Path, release: Release, time_scale: float = 1.0) -> None:
         self.state_dir = state_dir
@@ -116,6 +117,7 @@ class World:
         self.nodes: dict[Ref, HostNode] = {}
         self.pool: Ref = NULL
         self.vtpm_contents = {}
+        self.screens = {}
         self.journal: deque[Done] = deque(maxlen=100_000)
 
     @property

@@ -169,6 +169,35 @@ def _set(world: World, request: Request) -> None:
     world.db.set(world.db.by_uuid(request["cls"], request["uuid"]), **request["fields"])
 
 
+def _screen(world: World, request: Request) -> None:
+    """Who draws the screen of a VM, or of all others: the unix socket of an RFB server."""
+    world.screens[request.get("vm", "")] = request["path"]
+
+
+def _guest_agent(world: World, request: Request) -> None:
+    """What the agent of a guest that runs tells: ever new metrics at its first word (xen-api, xapi_guest_agent.ml)."""
+    db = world.db
+    with db.lock:
+        vm = db.by_uuid("VM", request["vm"])
+        stale = db.text(vm, "guest_metrics")
+        os_version = request.get("os_version", {"name": "Debian GNU/Linux 12"})
+        new = db.create(
+            "VM_guest_metrics", live=True, os_version=os_version, last_updated=world.clock.now(), networks={}
+        )
+        db.set(vm, guest_metrics=new)
+        if db.exists(stale):
+            db.destroy(stale)
+
+
+def _guest_ends(world: World, request: Request) -> None:
+    """The guest of a VM switches itself off; or begins ``again``, in another domain."""
+    vm = world.db.by_uuid("VM", request["vm"])
+    if request.get("again"):
+        world.db.set(vm, domid=world.db.number(vm, "domid") + 1)
+    else:
+        world.internal().invoke("VM.hard_shutdown", vm)
+
+
 def _journal(world: World, request: Request) -> object:
     """The calls and transfers that have ended, oldest first, from number ``since`` on."""
     return [done._asdict() for done in list(world.journal)[request.get("since", 0) :]]
@@ -225,6 +254,9 @@ OPERATIONS: Final[dict[str, Callable[[World, Request], object]]] = {
     "coalesce": _coalesce,
     "call": _call,
     "set": _set,
+    "screen": _screen,
+    "guest_agent": _guest_agent,
+    "guest_ends": _guest_ends,
     "journal": _journal,
     "dump": _dump,
 }

@@ -156,7 +156,10 @@ class _Import:
             other_config["mac_seed"] = str(uuid4())
         fields |= {"other_config": other_config, "current_operations": {}, "is_a_snapshot": False, "domid": -1}
         fields["affinity"] = self._host(str(record.get("affinity")))
-        new = self._make("VM", **fields, metrics=self._make("VM_metrics"), guest_metrics=self._make("VM_guest_metrics"))
+        stale = self._all("VM_guest_metrics").get(str(record.get("guest_metrics")), {})
+        # Also ``live``, as it was when the archive was made (xen-api, import.ml).
+        guest_metrics = self._part("VM_guest_metrics", stale) if stale else NULL
+        new = self._make("VM", **fields, metrics=self._make("VM_metrics"), guest_metrics=guest_metrics)
         for vbd in self._of("VBD", key).values():
             self._vbd(new, vbd)
         for one in self._of("VIF", key).values():
@@ -217,14 +220,14 @@ class _Import:
         uuid = str(self._all("host").get(key, {}).get("uuid", ""))
         return next(iter(self.ctx.db.where("host", uuid=uuid)), NULL)
 
-    def _part(self, cls: str, record: Record, **fields: Value) -> None:
+    def _part(self, cls: str, record: Record, **fields: Value) -> Ref:
         known = schema.classes()[cls].fields
         plain: Record = {
             name: wire.convert(known[name].type, value, name)
             for name, value in record.items()
             if name in known and "ref" not in known[name].type and name not in _TRANSIENT
         }
-        self._make(cls, **(plain | fields | ({"device": str(record["device"])} if cls == "VIF" else {})))
+        return self._make(cls, **(plain | fields | ({"device": str(record["device"])} if cls == "VIF" else {})))
 
     def _make(self, cls: str, /, **fields: Value) -> Ref:
         ref = self.ctx.db.create(cls, **fields)

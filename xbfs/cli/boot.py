@@ -105,6 +105,7 @@ def session_record(running: Running) -> dict[str, object]:
         "nfs": None if running.nfs is None else running.nfs._asdict(),
         "served": running.is_served,
         "in_use": running.is_busy,
+        "read_bytes": running.read_bytes,
         "dirty_bytes": running.dirty_bytes,
         "hydrated": running.hydrated,
         "problem": None if running.problem is None else {"message": running.problem[0], "hint": running.problem[1]},

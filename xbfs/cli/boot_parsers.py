@@ -142,11 +142,16 @@ def _add_pool(start: argparse.ArgumentParser) -> None:
     pool.add_argument("--pool", metavar="POOL", help="run it there, as `xbfs pool list` shows it")
     pool.add_argument("--as", dest="vm_name", metavar="NAME", help="name of the VM there (default: the name it had)")
     pool.add_argument("--sr-name", metavar="NAME", help="name of the SR that is made (default: xbfs and the VM's name)")
-    pool.add_argument("--host", metavar="HOST", help="only this host, by name or uuid, gets the SR (default: all)")
     networks = pool.add_mutually_exclusive_group()
     add_networks(networks)
-    networks.add_argument("--isolated", action="store_true", help="the VM gets no network interface")
+    networks.add_argument("--isolated", action="store_true", help="its interfaces go into a network that leads nowhere")
     pool.add_argument("--no-start", action="store_true", help="leave the VM halted")
+    add_place(pool)
+
+
+def add_place(pool: argparse._ArgumentGroup) -> None:
+    """Which hosts get at this machine, and how."""
+    pool.add_argument("--host", metavar="HOST", help="only this host, by name or uuid, gets the SR (default: all)")
     pool.add_argument(
         "--server", metavar="ADDRESS", help="how hosts reach this machine (default: as it reaches the pool's master)"
     )

@@ -60,7 +60,8 @@ class NfsShare(NamedTuple):
 
 class Running(NamedTuple):
     """A session, and where its disks are by key while it ``is_served``. ``problem``: what is wrong with it, and what to
-    do. ``session`` is None if its record can not be read. ``hydrated``: from 0 to 1, None if it is not asked for."""
+    do. ``session`` is None if its record can not be read. ``read_bytes``: about, since it is served. ``hydrated``: from
+    0 to 1, None if it is not asked for."""
 
     name: str
     session: Session | None
@@ -68,6 +69,7 @@ class Running(NamedTuple):
     nfs: NfsShare | None
     is_served: bool
     is_busy: bool
+    read_bytes: int
     dirty_bytes: int
     hydrated: float | None
     problem: tuple[str, str] | None
@@ -237,7 +239,8 @@ def _running(stored: sessions.Stored, told: Mapping[str, object]) -> Running:
             "uris": dict() as uris,
             "local_uris": dict() as local_uris,
             "nfs": list() | None as nfs,
-            "dirty_bytes": int() as dirty_bytes,
+            "read_bytes": int() as read,
+            "dirty_bytes": int() as dirty,
             "hydrated": float() | None as hydrated,
             "passed": list() as passed,
             "busy": bool() as is_busy,
@@ -255,9 +258,9 @@ def _running(stored: sessions.Stored, told: Mapping[str, object]) -> Running:
             }
             share = None if nfs is None else NfsShare(*nfs)
             found = problem if said is None else (str(said[0]), str(said[1]))
-            return Running(stored.name, stored.session, places, share, is_served, is_busy, dirty_bytes, hydrated, found)
+            return Running(stored.name, stored.session, places, share, is_served, is_busy, read, dirty, hydrated, found)
         case {"problem": [str() as message, str() as hint]}:
             problem = (message, hint)
         case _ if problem is None:
             problem = ("nobody serves it", "`xbfs boot serve`, or the next `xbfs boot`, does")
-    return Running(stored.name, stored.session, {}, None, False, False, 0, None, problem)
+    return Running(stored.name, stored.session, {}, None, False, False, 0, 0, None, problem)

@@ -116,6 +116,7 @@ class Served:
             "uris": uris,
             "local_uris": {} if nbd is None else {key: nbd.local_uri(path) for key, path in paths.items()},
             "nfs": None if nfs is None else [nfs.address, nfs.port, nfs.path(self.session.name)],
+            "read_bytes": sum(overlay.read_bytes for overlay in self.overlays.values()),
             "dirty_bytes": sum(overlay.dirty_bytes for overlay in self.overlays.values()),
             "hydrated": self._hydrated(),
             "passed": [key for key, overlay in self.overlays.items() if overlay.is_passed_through],

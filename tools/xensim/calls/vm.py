@@ -115,6 +115,8 @@ def start_on(ctx: Context, vm: Ref, host: Ref, start_paused: bool, force: bool) 
         for ref in db.refs(vm, "VIFs"):
             db.set(ref, currently_attached=True)
         db.set(vm, power_state="Paused" if start_paused else "Running", domid=db.generation % 65536)
+        console = db.create("console", VM=vm, protocol="rfb")
+        db.set(console, location=f"https://{db.text(host, 'address')}/console?uuid={db.text(console, 'uuid')}")
     update(ctx, vm)
 
 
@@ -257,6 +259,8 @@ def _stop(ctx: Context, vm: Ref) -> None:
             vbd.detach(ctx, ref)
     for ref in db.refs(vm, "VIFs"):
         db.set(ref, currently_attached=False)
+    for ref in db.refs(vm, "consoles"):
+        db.destroy(ref)
     db.set(vm, power_state="Halted", resident_on=NULL, domid=-1)
     update(ctx, vm)
 

@@ -53,7 +53,7 @@ class _Disk:
 
 def firmware_of(point: RestorePoint, first_disk: Path) -> str:
     """What the VM's record says; without one, UEFI for a GPT that has an EFI system partition."""
-    said = _recorded(point.vm)
+    said = recorded_firmware(point.vm)
     if said is not None:
         return said
     with suppress(XbfsError, OSError):
@@ -103,12 +103,12 @@ def runs_under(accelerator: str) -> bool:
     return done.returncode == _PROBE_EXIT
 
 
-def _recorded(record: object) -> str | None:
-    """Of HVM_boot_params, wherever the record keeps it."""
+def recorded_firmware(record: object) -> str | None:
+    """Of HVM_boot_params, wherever the record of a VM keeps it."""
     match record:
         case {"HVM_boot_params": {"firmware": "uefi" | "bios" as firmware}}:
             return str(firmware)
         case dict():
-            return next((found for value in record.values() if (found := _recorded(value)) is not None), None)
+            return next((found for value in record.values() if (found := recorded_firmware(value)) is not None), None)
         case _:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final, cast
 
 from xbfs.instant.boottest.screen import colours, is_same, pixels_of
@@ -21,20 +22,61 @@ _QUIET_BYTES_S: Final = 64 << 10
 """Read and written by a system that is calm: logs, and little else."""
 
 
-class Observer:
-    """Of one machine. ``look`` again and again; ``seen`` is what is known."""
+class Observer(ABC):
+    """Of one machine. ``look`` again and again, ``poll_s`` apart; ``seen`` is what is known."""
 
-    def __init__(self, qemu: Qemu) -> None:
-        self._qemu = qemu
+    poll_s: float
+
+    def __init__(self) -> None:
         self.seen = Observed()
         self.output_s: float | None = None
         self.screen: Pixels | None = None
         self._reference: Pixels | None = None
         self._still_from_s = 0.0
+        self._samples: list[tuple[float, float | None, int]] = []
+        self._quiet_from_s = 0.0
+
+    @abstractmethod
+    async def look(self, elapsed_s: float) -> Observed:
+        """What is to be seen now. Raises InstantError or PoolError if the machine is not there any more."""
+
+    @abstractmethod
+    async def look_at_screen(self, elapsed_s: float) -> None:
+        """Take a screenshot. Raises InstantError, PoolError."""
+
+    def _saw_screen(self, elapsed_s: float, screen: Pixels) -> None:
+        self.screen = screen
+        self.seen.screen_colours = colours(screen)
+        # Compared with the first of a row of same ones, so that what moves slowly is seen to move.
+        if not is_same(self._reference, screen):
+            self._reference, self._still_from_s = screen, elapsed_s
+        self.seen.still_s = elapsed_s - self._still_from_s
+
+    def _saw_use(self, elapsed_s: float, cpu_s: float | None) -> None:
+        """``cpu_s``: of the processor since the start, None if nobody knows."""
+        moved = self.seen.read_bytes + self.seen.written_bytes
+        self._samples.append((elapsed_s, cpu_s, moved))
+        while elapsed_s - self._samples[0][0] > _WINDOW_S:
+            self._samples.pop(0)
+        began_s, before_s, before = self._samples[0]
+        span_s = elapsed_s - began_s
+        if span_s > 0:
+            self.seen.cpu = None if cpu_s is None or before_s is None else (cpu_s - before_s) / span_s
+            if (moved - before) / max(span_s, 1.0) > _QUIET_BYTES_S:
+                self._quiet_from_s = elapsed_s
+        self.seen.quiet_s = elapsed_s - self._quiet_from_s
+
+
+class QemuObserver(Observer):
+    """Of a machine of ours."""
+
+    poll_s = 0.5
+
+    def __init__(self, qemu: Qemu) -> None:
+        super().__init__()
+        self._qemu = qemu
         self._screen_s = -_SCREEN_S
         self._fatal: tuple[int, float] | None = None
-        self._samples: list[tuple[float, float, int]] = []
-        self._quiet_from_s = 0.0
 
     async def look(self, elapsed_s: float) -> Observed:
         """What is to be seen now. Raises InstantError if the machine is not there any more."""
@@ -54,7 +96,7 @@ class Observer:
         disks = [device["stats"] for device in devices if str(device.get("node-name", "")).startswith("disk")]
         seen.read_bytes = sum(disk["rd_bytes"] for disk in disks)
         seen.written_bytes = sum(disk["wr_bytes"] for disk in disks)
-        self._look_at_use(elapsed_s)
+        self._saw_use(elapsed_s, qemu.cpu_s)
         if elapsed_s - self._screen_s >= _SCREEN_S:
             await self.look_at_screen(elapsed_s)
         return seen
@@ -62,12 +104,7 @@ class Observer:
     async def look_at_screen(self, elapsed_s: float) -> None:
         """Take a screenshot. Raises InstantError."""
         self._screen_s = elapsed_s
-        self.screen = pixels_of(await self._qemu.screen())
-        self.seen.screen_colours = colours(self.screen)
-        # Compared with the first of a row of same ones, so that what moves slowly is seen to move.
-        if not is_same(self._reference, self.screen):
-            self._reference, self._still_from_s = self.screen, elapsed_s
-        self.seen.still_s = elapsed_s - self._still_from_s
+        self._saw_screen(elapsed_s, pixels_of(await self._qemu.screen()))
 
     def _look_for_fatal(self, elapsed_s: float) -> None:
         """A text is the last word while nothing comes after it."""
@@ -77,16 +114,3 @@ class Observer:
         elif self._fatal is None or self._fatal[0] != total:
             self._fatal = (total, elapsed_s)
         self.seen.fatal_s = 0.0 if self._fatal is None else elapsed_s - self._fatal[1]
-
-    def _look_at_use(self, elapsed_s: float) -> None:
-        moved = self.seen.read_bytes + self.seen.written_bytes
-        self._samples.append((elapsed_s, self._qemu.cpu_s, moved))
-        while elapsed_s - self._samples[0][0] > _WINDOW_S:
-            self._samples.pop(0)
-        began_s, cpu_s, before = self._samples[0]
-        span_s = elapsed_s - began_s
-        if span_s > 0:
-            self.seen.cpu = (self._samples[-1][1] - cpu_s) / span_s
-            if (moved - before) / max(span_s, 1.0) > _QUIET_BYTES_S:
-                self._quiet_from_s = elapsed_s
-        self.seen.quiet_s = elapsed_s - self._quiet_from_s

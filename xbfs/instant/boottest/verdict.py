@@ -21,6 +21,8 @@ LOADED_BYTES: Final = 4 * MIB
 """Read when more than a loader ran: kernels alone are larger."""
 RESETS_MAX: Final = 3
 _SHOWN: Final = 200
+_STOPPED: Final = frozenset({"paused", "suspended"})
+"""Power states of XAPI that no test brings about."""
 
 _FATAL: Final = tuple(
     (re.compile(pattern), reason)
@@ -47,7 +49,7 @@ _LOGIN: Final = re.compile(r"(?m)^[^\n]{0,200}\blogin: *$")
 class Observed:
     """What has been seen until now. ``fatal_s``: for how long the console's fatal text is its last word;
     ``screen_colours`` 0 is no screen; ``still_s`` the same screen; ``quiet_s`` nothing read or written; ``cpu`` of one
-    processor in the last seconds."""
+    processor in the last seconds, None if nobody knows. ``is_on_pool``: no console, no word of a panic."""
 
     elapsed_s: float = 0.0
     console: str = ""
@@ -58,11 +60,12 @@ class Observed:
     screen_colours: int = 0
     still_s: float = 0.0
     quiet_s: float = 0.0
-    cpu: float = 1.0
+    cpu: float | None = None
     resets: int = 0
     has_panicked: bool = False
     has_shut_down: bool = False
     agent_answered: bool = False
+    is_on_pool: bool = False
 
 
 class Judgement(NamedTuple):
@@ -94,6 +97,8 @@ def judge(seen: Observed, marker: str | None) -> Judgement | None:
             Verdict.UNCLEAR,
             "a disk could not be read or written: see `xbfs verify`, and whether the local disk is full",
         )
+    if seen.is_on_pool and seen.status in _STOPPED:
+        return Judgement(Verdict.UNCLEAR, f"the VM is {seen.status}: it crashed, or somebody did that")
     if seen.has_shut_down:
         return Judgement(Verdict.FAILED, f"the guest switched itself off after {seen.elapsed_s:.0f} s")
     if marker is None and fatal is None:
@@ -111,6 +116,7 @@ def _started(seen: Observed) -> Judgement | None:
         and seen.read_bytes >= LOADED_BYTES
         and seen.screen_colours > 1
         and min(seen.still_s, seen.quiet_s) >= CALM_S
+        and seen.cpu is not None
         and seen.cpu <= CALM_CPU
     ):
         return Judgement(
@@ -144,17 +150,23 @@ def signals(seen: Observed, marker: str | None) -> tuple[Signal, ...]:
     console = fatal or (lines[-1].strip()[:_SHOWN] if lines else "nothing")
     has_login = _LOGIN.search(seen.console) is not None
     found = [
-        Signal("console", "against" if fatal else "for" if has_login else "", console),
         Signal("reads", "for" if loaded else "against", f"{seen.read_bytes} bytes"),
         Signal("writes", "for" if wrote else "", f"{seen.written_bytes} bytes"),
         Signal("screen", "for" if seen.screen_colours > 1 else "", f"{seen.screen_colours} colours"),
         Signal("still", "for" if seen.still_s >= CALM_S else "", f"the same screen for {seen.still_s:.0f} s"),
-        Signal("processor", "for" if seen.cpu <= CALM_CPU else "", f"{100 * seen.cpu:.0f} % of one"),
         Signal("agent", "for" if seen.agent_answered else "", "answered" if seen.agent_answered else "silent"),
-        Signal("panic", "against" if seen.has_panicked else "", "told" if seen.has_panicked else "none told"),
         Signal("resets", "against" if seen.resets >= RESETS_MAX else "", str(seen.resets)),
         Signal("machine", "against" if seen.has_shut_down else "", seen.status),
     ]
+    if not seen.is_on_pool:
+        is_calm = seen.cpu is not None and seen.cpu <= CALM_CPU
+        used = "not known" if seen.cpu is None else f"{100 * seen.cpu:.0f} % of one"
+        found = [
+            Signal("console", "against" if fatal else "for" if has_login else "", console),
+            *found,
+            Signal("processor", "for" if is_calm else "", used),
+            Signal("panic", "against" if seen.has_panicked else "", "told" if seen.has_panicked else "none told"),
+        ]
     if marker is not None:
         has_marker = marker in seen.console
         found.insert(0, Signal("marker", "for" if has_marker else "against", "seen" if has_marker else "not seen"))

@@ -5,6 +5,7 @@ The journal is there before. What fails here is taken back by ``tear_down``, by 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -16,6 +17,7 @@ from xbfs_engine.restore.vm.calls import make, patiently, put_key
 from xbfs_engine.restore.vm.disks import MadeDisk
 from xbfs_engine.restore.vm.job import START_S
 from xbfs_engine.restore.vm.machine import VmMaker
+from xbfs_engine.restore.vm.target import Network
 from xbfs_engine.source.xapi.failures import Handling, handling_of
 from xbfs_engine.source.xapi.fields import Fields
 from xbfs_engine.source.xapi.ledger import Item, Kind
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from xbfs.instant.pool.plan import BootPlan
     from xbfs.instant.pool.record import Journal
     from xbfs_engine.restore.vm.machine import MadeVm
+    from xbfs_engine.restore.vm.plan import VmPlan
     from xbfs_engine.source.xapi.session import Pool, Ref, Xapi, XapiValue
 
 _OURS: Final = ("gc", "leaf-coalesce", "coalesce")
@@ -45,10 +48,9 @@ async def build(
     say("looking for the disks")
     disks = await _find_disks(pool, sr, plan)
     say("making the VM")
-    maker = VmMaker(pool, SessionLedger(journal, node), plan.vm)
+    vm = plan.vm if not plan.isolated else await _isolated(pool, plan)
+    maker = VmMaker(pool, SessionLedger(journal, node), vm)
     made = await maker.make(disks)
-    if plan.isolated:
-        await _take_off_vifs(pool, made.ref)
     await trio.lowlevel.checkpoint_if_cancelled()
     with trio.CancelScope(shield=True):
         await maker.finish(made)
@@ -107,11 +109,20 @@ async def _find_disks(pool: Xapi, sr: Ref, plan: BootPlan) -> list[MadeDisk]:
     return found
 
 
-async def _take_off_vifs(pool: Xapi, vm: Ref) -> None:
-    found = await patiently(pool, "VM.get_VIFs", vm)
-    for vif in found if isinstance(found, list) else []:
-        try:
-            await patiently(pool, "VIF.destroy", str(vif))
-        except XapiFailure as exc:
-            if handling_of(exc) is not Handling.GONE:
-                raise
+async def _isolated(pool: Xapi, plan: BootPlan) -> VmPlan:
+    """The VM in a network of its own: without a PIF nothing leaves the host that it runs on (xen-api, networks)."""
+    if not plan.vm.vifs:
+        return plan.vm
+    record: dict[str, XapiValue] = {
+        "name_label": plan.vm.vifs[0].network.name,
+        "name_description": f"leads nowhere: for a VM of restore point {plan.vm.point.id[:12]}",
+        # There from the start, so that it is found again whatever becomes of the answer.
+        "other_config": {SESSION_KEY: plan.record.sr_uuid},
+        "tags": [],
+    }
+    with trio.CancelScope(shield=True):
+        ref = await make(pool, "network.create", record)
+    found = await patiently(pool, "network.get_record", ref)
+    fields = Fields("network", ref, found if isinstance(found, dict) else {})
+    network = Network(ref, fields.text("uuid"), fields.text("name_label"), fields.text("bridge"))
+    return replace(plan.vm, vifs=tuple(vif._replace(network=network) for vif in plan.vm.vifs))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import trio
 
 from xbfs.instant.pool.record import SESSION_KEY, Copy
-from xbfs.instant.pool.tear_down import drop_copies, forget, gone_is_fine, look
+from xbfs.instant.pool.tear_down import drop_copies, forget, gone_is_fine, leave_network, look
 from xbfs_engine.core.errors import ObjectNotFound, PoolError, VmNotReady, XapiFailure
 from xbfs_engine.core.limits import GIB
 from xbfs_engine.restore.vm.calls import BUSY_LIMIT_S, make, patiently
@@ -79,6 +79,7 @@ async def migrate(pool: Xapi, journal: Journal, sr_name: str, listener: Listener
         raise _strangers(strangers)
     for number in list(journal.record.copies):
         await journal.note_copy(number, None)
+    await leave_network(pool, journal.record, listener.say)
     if present.sr is not None:
         await forget(pool, present.sr, listener.say)
     return Migrated(vm.uuid, vm.name, {number: vdi.uuid for number, (_, vdi) in present.away.items()})

@@ -10,6 +10,7 @@ from xbfs.instant.pool.notes import working_name
 from xbfs.instant.pool.record import PoolRecord
 from xbfs_engine.core.errors import ObjectNotFound, VmNotReady
 from xbfs_engine.restore.vm.plan import VmWishes, plan_vm
+from xbfs_engine.restore.vm.target import Network, Target
 from xbfs_engine.source.xapi.inventory import Sr
 from xbfs_engine.source.xapi.vm_record import RECORD_KEY, vm_record_of
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from xbfs_engine.catalog.restore_point import RestorePoint
     from xbfs_engine.core.runtime import RandomSource
     from xbfs_engine.restore.vm.plan import VmPlan
-    from xbfs_engine.restore.vm.target import Target
     from xbfs_engine.source.xapi.inventory import Host
 
 
@@ -35,8 +35,8 @@ class BootWishes(NamedTuple):
 
 
 class BootPlan(NamedTuple):
-    """``vm``: as for a restore, onto the SR that is to be. ``hosts``: that shall see it. ``isolated``: its VIFs are
-    taken off before it can start. ``master``: the address of the pool's master."""
+    """``vm``: as for a restore, onto the SR that is to be. ``hosts``: that shall see it. ``isolated``: its VIFs go into
+    a network that is to be, and that leads nowhere. ``master``: the address of the pool's master."""
 
     vm: VmPlan
     sr_name: str
@@ -57,7 +57,8 @@ def plan_boot(point: RestorePoint, target: Target, wishes: BootWishes, pool: str
     sr_uuid = _uuid(random)
     name = wishes.name if wishes.name is not None else point.vm_name
     sr_name = wishes.sr_name or f"xbfs {name[:80]}"
-    # A restore's plan wants an SR that is there: this one is, once the VM is made. Its size is nobody's concern.
+    # A restore's plan wants an SR and networks that are there: these are, once the VM is made. The SR's size is
+    # nobody's concern.
     sr = Sr(
         *("", sr_uuid, sr_name, "nfs", "user"),
         thick=False,
@@ -69,9 +70,10 @@ def plan_boot(point: RestorePoint, target: Target, wishes: BootWishes, pool: str
         hosts=tuple(host.ref for host in hosts),
         other_config={},
     )
-    networks = _anywhere(point, target) if wishes.isolated else wishes.networks
-    with_sr = target._replace(inventory=replace(inventory, srs={**inventory.srs, "": sr}))
-    vm = plan_vm(point, with_sr, VmWishes(sr_uuid, name, wishes.disks, networks, keep_identity=False))
+    nowhere = Network("", sr_uuid, f"{sr_name} (isolated)", "")
+    networks = _all_to(nowhere, point) if wishes.isolated else wishes.networks
+    to_be = Target(replace(inventory, srs={**inventory.srs, "": sr}), (*target.networks, nowhere))
+    vm = plan_vm(point, to_be, VmWishes(sr_uuid, name, wishes.disks, networks, keep_identity=False))
     if not vm.disks:
         raise VmNotReady(f"restore point {point.id[:12]} has no disk to boot from")
     record = PoolRecord(
@@ -95,13 +97,13 @@ def _hosts(hosts: Sequence[Host], wanted: str | None) -> tuple[Host, ...]:
     return tuple(found)
 
 
-def _anywhere(point: RestorePoint, target: Target) -> dict[str, str]:
-    """Each network of the VM to any one of the pool: the VM is made with its VIFs, which then go."""
-    if RECORD_KEY not in point.vm or not target.networks:
+def _all_to(network: Network, point: RestorePoint) -> dict[str, str]:
+    """Each network of the VM to one."""
+    if RECORD_KEY not in point.vm:
         return {}
-    networks = (shape.network for shape in vm_record_of(point.vm).vifs)
-    keys = (network.get("uuid") or network.get("name_label") for network in networks)
-    return {str(key): target.networks[0].uuid for key in keys if key}
+    had = (shape.network for shape in vm_record_of(point.vm).vifs)
+    keys = (other.get("uuid") or other.get("name_label") for other in had)
+    return {str(key): network.uuid for key in keys if key}
 
 
 def _uuid(random: RandomSource) -> str:

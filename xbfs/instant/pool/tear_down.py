@@ -12,6 +12,7 @@ from xbfs.instant.pool.record import SESSION_KEY
 from xbfs_engine.core.errors import PoolError, SessionBusy, VmNotReady, XapiFailure
 from xbfs_engine.restore.vm.calls import patiently
 from xbfs_engine.source.xapi.failures import Handling, handling_of
+from xbfs_engine.source.xapi.fields import Fields
 from xbfs_engine.source.xapi.inventory import take_inventory
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ async def look(pool: Xapi, record: PoolRecord) -> Present:
 
 
 async def tear_down(pool: Xapi, journal: Journal, say: Callable[[str], None], *, force: bool) -> None:
-    """The VM with its VBDs and VIFs, then the SR; a VM that is wholly elsewhere stays.
+    """The VM with its VBDs, VIFs and own network, then the SR; a VM that is wholly elsewhere stays.
 
     Raises SessionBusy if the VM runs, VmNotReady if it is half elsewhere, both but for ``force``; PoolError.
     """
@@ -102,8 +103,25 @@ async def tear_down(pool: Xapi, journal: Journal, say: Callable[[str], None], *,
             )
         await _remove(pool, vm, say, force=force)
     await drop_copies(pool, journal, present)
+    await leave_network(pool, journal.record, say)
     if present.sr is not None:
         await forget(pool, present.sr, say)
+
+
+async def leave_network(pool: Xapi, record: PoolRecord, say: Callable[[str], None]) -> None:
+    """Destroy the network of an isolated VM; one that has interfaces is its users', and none of ours any more.
+
+    Raises PoolError.
+    """
+    for ref, found in (await pool.records("network")).items():
+        network = Fields("network", ref, found)
+        if network.mapping("other_config").get(SESSION_KEY) != record.sr_uuid:
+            continue
+        if network.texts("VIFs"):
+            say(f"network {network.text('name_label')} stays: it is used")
+            await gone_is_fine(pool, "network.remove_from_other_config", ref, SESSION_KEY)
+        else:
+            await gone_is_fine(pool, "network.destroy", ref)
 
 
 async def drop_copies(pool: Xapi, journal: Journal, present: Present, *, keep: frozenset[int] = frozenset()) -> None:
@@ -133,10 +151,10 @@ async def forget(pool: Xapi, sr: Sr, say: Callable[[str], None]) -> None:
     await gone_is_fine(pool, "SR.forget", sr.ref)
 
 
-async def gone_is_fine(pool: Xapi, method: str, ref: Ref) -> XapiValue | None:
+async def gone_is_fine(pool: Xapi, method: str, ref: Ref, *arguments: XapiValue) -> XapiValue | None:
     """A call about an object that may be gone: then None. Raises PoolError."""
     try:
-        return await patiently(pool, method, ref)
+        return await patiently(pool, method, ref, *arguments)
     except XapiFailure as exc:
         if handling_of(exc) is not Handling.GONE:
             raise

@@ -56,6 +56,8 @@ class Overlay:
         self._base = base
         self._reader = Reader(self._state, base)
         self._is_closed = False
+        self.read_bytes = 0
+        """What was read since it was opened. About: threads that read at once may miss each other's."""
 
     def __enter__(self) -> Self:
         return self
@@ -109,6 +111,7 @@ class Overlay:
         parts: list[Part] = []
         for start, stop, state in byte_runs(states, first, offset, end):
             parts += self._reader.fetch(start, stop, state, limit=self._state.header.base_limit, before=before)
+        self.read_bytes += end - offset
         return parts
 
     def read_cached(self, offset: int, length: int) -> bytes | memoryview | None:
@@ -126,10 +129,13 @@ class Overlay:
         if states is None:
             return None
         limit = self._state.header.base_limit
-        return gathered(
+        parts = gathered(
             byte_runs(states, first, offset, end),
             lambda *run: self._reader.fetch_cached(*run, limit=limit, before=before),
         )
+        if parts is not None:
+            self.read_bytes += end - offset
+        return parts
 
     def write_at(self, offset: int, buffers: Sequence[Buffer]) -> None:
         """Write ``buffers`` one behind the other from ``offset``. They may not reach behind the end: ``resize`` first.

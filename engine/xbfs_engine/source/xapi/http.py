@@ -227,6 +227,27 @@ async def import_metadata(
 
 
 @asynccontextmanager
+async def console(pool: Pool, console_ref: Ref, *, timeout_s: float) -> AsyncIterator[Wire]:
+    """What draws a running VM's screen: RFB both ways, from its host. ``timeout_s``: the longest silence.
+
+    xapi's own way to a picture, /vncsnapshot, answers 500 in releases before August 2026 (xen-api, pull request 7202).
+    Raises XapiFailure, TransferFailed (also: the host lets nobody else look), PoolUnreachable, CertificateRejected.
+    """
+    what = "look at a VM's screen"
+    location = str(await pool.call("console.get_location", console_ref))
+    try:
+        host = urlsplit(location).hostname or ""
+        address = Address.parse(f"[{host}]" if ":" in host else host, port=pool.master.port)
+    except (UsageError, ValueError) as exc:
+        raise TransferFailed(f"{what}: {location[:100]!r} is no place of a console") from exc
+    async with _exchange(pool, _Request("CONNECT", "/console", {"ref": console_ref}), address, what, timeout_s) as (
+        wire,
+        _,
+    ):
+        yield wire
+
+
+@asynccontextmanager
 async def _judged(pool: Pool, task: Ref, what: str) -> AsyncIterator[None]:
     """What the task says of a broken stream tells more than the break."""
     try:
