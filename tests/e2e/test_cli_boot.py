@@ -70,6 +70,7 @@ def test_a_session_shows_the_point_takes_writes_and_is_discarded(world: BootWorl
     write(disk, 8192)
     listed = world.sessions()["one"]
     assert (listed["served"], listed["dirty_bytes"], listed["problem"]) == (True, 4096, None)
+    assert listed["pool"] is None
     assert b"one" in world.good("boot", "list").out
     told = world.good("boot", "discard", "one", "--dry-run")
     assert b"4.0 KiB" in told.out

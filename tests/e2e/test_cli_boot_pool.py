@@ -93,6 +93,9 @@ def test_a_vm_boots_is_written_to_and_moves_away(site: Site, words: tuple[str, .
 
 def test_a_discard_takes_all_and_the_point_is_as_it_was(site: Site) -> None:
     booted = boot(site, "--isolated", "--sr-name", "mine")
+    (listed,) = site.good(site.world, "boot", "list")["sessions"]
+    assert listed["pool"] == "lab"
+    assert "pool lab" in site.run("boot", "list").out.decode()
     (vif,) = (one for one in site.sim.dump("VIF")["VIF"] if one["VM"] == site.sim.vm("live")["uuid"])
     (network,) = (one for one in site.sim.dump("network")["network"] if one["uuid"] == vif["network"])
     assert (network["name_label"], network["PIFs"]) == ("mine (isolated)", [])
