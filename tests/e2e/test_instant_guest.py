@@ -81,7 +81,14 @@ def test_a_guest_outlives_everything_on_a_file() -> None:
         assert len(made.points()) == 1
 
 
-@pytest.mark.parametrize("way", ["vhd", "nbd", "nbd-tls", pytest.param("nfs", marks=needs_ganesha)])
+@pytest.mark.parametrize(
+    "way",
+    [
+        *(pytest.param(way, marks=pytest.mark.slow) for way in ("vhd", "nbd")),
+        "nbd-tls",
+        pytest.param("nfs", marks=needs_ganesha),
+    ],
+)
 def test_a_guest_boots_and_writes_by(way: str) -> None:
     with network_for(way) as address, lab(micro_disk()) as made, scratch() as folder:
         with started(made, folder, way, words="write=something off", address=address) as guest:
