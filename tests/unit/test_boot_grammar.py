@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
+from tests.support.points import point
+from xbfs.cli.boot import plan_of
 from xbfs.cli.boot_parsers import named
+from xbfs.cli.main import main
 from xbfs.cli.parsers import parse
 from xbfs.instant.share import _address, address_towards, checked_clients
 from xbfs_engine.core.errors import UsageError
+from xbfs_engine.core.runtime import system_runtime
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.mark.parametrize(
@@ -63,3 +72,19 @@ def test_exports_listen_no_further_than_their_clients_are() -> None:
     assert checked_clients(["10.1.2.3/8", "fd00::1"]) == ("10.0.0.0/8", "fd00::1/128")
     with pytest.raises(UsageError):
         checked_clients(["host"])
+
+
+@pytest.mark.parametrize("line", ["boot w@latest --export nfs", "boot w@latest --pool lab", "test w@latest --pool lab"])
+def test_who_may_not_serve_nfs_hears_it_before_anything_else(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setenv("XBFS_CONFIG", str(tmp_path))
+    if "--pool" in line:
+        assert main(line.split()) == 2
+        told = capsys.readouterr().err
+        assert "only root can serve NFS" in told
+        assert "sudo" in told
+    else:
+        with pytest.raises(UsageError, match="only root"):
+            plan_of(parse(line.split()), point("w"), system_runtime())

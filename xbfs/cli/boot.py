@@ -52,8 +52,8 @@ def plan_of(arguments: argparse.Namespace, point: RestorePoint, runtime: Runtime
         raise UsageError("--client is for --export nbd and nfs", hint="leave it out, or choose an export")
     if export is Export.NBD and disk_format is DiskFormat.VHD:
         raise UsageError("a VHD grows as it is written to, and a disk on NBD can not", hint="leave --format vhd out")
-    if export is Export.NFS and os.geteuid() != 0:
-        raise UsageError("only root can serve NFS", hint="run it with sudo, or with --export nbd")
+    if export is Export.NFS:
+        check_may_serve_nfs(hint="run it with sudo, or with --export nbd")
     if arguments.passthrough and (arguments.hydrate is None or disk_format is not DiskFormat.RAW):
         raise UsageError(
             "--passthrough is for raw disks that are copied to this machine", hint="add --hydrate, or leave it out"
@@ -77,6 +77,12 @@ def plan_of(arguments: argparse.Namespace, point: RestorePoint, runtime: Runtime
         hydrate_bytes_s=arguments.hydrate,
         passthrough=arguments.passthrough,
     )
+
+
+def check_may_serve_nfs(hint: str = "run it with sudo") -> None:
+    """Raises UsageError for who is not root."""
+    if os.geteuid() != 0:
+        raise UsageError("only root can serve NFS", hint=hint)
 
 
 def default_name(vm_name: str, runtime: Runtime) -> str:

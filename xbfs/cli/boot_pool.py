@@ -6,7 +6,7 @@ import ipaddress
 from typing import TYPE_CHECKING
 
 from xbfs.cli import text
-from xbfs.cli.boot import boot, session_record
+from xbfs.cli.boot import boot, check_may_serve_nfs, session_record
 from xbfs.cli.context import catalog_of, index_of, point_of, repository_of
 from xbfs.cli.points import ID_DIGITS
 from xbfs.cli.pool import configured
@@ -37,6 +37,7 @@ def begin(arguments: argparse.Namespace, output: Output) -> None:
 def boot_on_pool(arguments: argparse.Namespace, output: Output) -> None:
     """Begin a session, and have its VM on the pool. Whatever fails leaves nothing, here or there."""
     _check(arguments)
+    check_may_serve_nfs()
     mountpoint.check_installed()
     config, secrets = configured(arguments.pool)
     repository = repository_of(arguments)

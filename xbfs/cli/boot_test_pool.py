@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from xbfs.cli.boot import check_may_serve_nfs
 from xbfs.cli.boot_pool import check_server
 from xbfs.cli.boot_test_ground import Ground
 from xbfs.cli.pool import configured
@@ -45,6 +46,7 @@ def login(arguments: argparse.Namespace) -> tuple[PoolConfig, Credentials]:
             hint="leave it out: the guest's agent decides, where there is one",
         )
     check_server(arguments.server)
+    check_may_serve_nfs()
     return configured(arguments.pool)
 
 
