@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -117,7 +118,9 @@ def test_a_guest_that_boots(lab: Lab) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("panic", "reason"), [(0, "the kernel panicked"), (1, "reset 3 times: the kernel panicked")])
+@pytest.mark.parametrize(
+    ("panic", "reason"), [(0, "the kernel panicked"), (1, r"was reset [3-9] times: the kernel panicked")]
+)
 def test_a_kernel_that_panics_fails(lab: Lab, panic: int, reason: str) -> None:
     disk = lab.directory / "panics.raw"
     shutil.copyfile(micro_disk(), disk)
@@ -128,7 +131,7 @@ def test_a_kernel_that_panics_fails(lab: Lab, panic: int, reason: str) -> None:
     lab.good("backup", "image", disk, "--vm", "panics", "-q")
     done = lab.run("test", "panics@latest", "--accel", "tcg", "--firmware", "bios", "--json")
     assert done.code == 109, done.err
-    assert reason in done.json["tests"][0]["reason"]
+    assert re.search(reason, done.json["tests"][0]["reason"])
 
 
 @pytest.mark.slow

@@ -162,3 +162,13 @@ def test_tagged_vms_are_skipped_and_unknown_names_refused(lab: Lab) -> None:
     assert [skipped.vm.name for skipped in report.skipped] == ["scratch"]
     with pytest.raises(ObjectNotFound):
         run(lab, "nobody")
+
+
+@pytest.mark.parametrize("code", ["VDI_IN_USE", "OTHER_OPERATION_IN_PROGRESS", "INTERNAL_ERROR"])
+def test_a_snapshot_that_a_host_made_and_said_it_had_not_goes_with_the_run(lab: Lab, code: str) -> None:
+    vms = three(lab)[:1]
+    lab.pool.faults.append(Fault("VM.snapshot", code, after=True))
+    report = run(lab, "a")
+    assert set(report.outcome.reports) | set(report.outcome.failures) == {lab.pool.uuid(vm) for vm in vms}
+    assert lab.pool.leftovers() == []
+    assert len(lab.pool.snapshot_vdis()) == len(report.outcome.reports)

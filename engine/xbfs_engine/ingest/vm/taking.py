@@ -50,6 +50,7 @@ class SnapshotTaker:
         self._bases = bases
         self._item: Item | None = None
         self._vdi_items: dict[Ref, Item] = {}
+        self._has_failed = False
 
     async def take(self, untracked: Mapping[int, str]) -> Snapshot:
         """Snapshot the VM; ``untracked``: by disk number, why changes are not tracked.
@@ -57,7 +58,10 @@ class SnapshotTaker:
         Raises VmNotReady, PoolError; then call ``discard``.
         """
         self._item = await self._ledger.intend(Kind.SNAPSHOT, vm_uuid=self._vm.uuid, name=self._vm.name)
-        vm_ref = await self._snapshot(snapshot_name(self._ledger.run, self._item.number, self._vm.name))
+        vm_ref = await self._snapshot(self._name(self._item))
+        if self._has_failed:
+            # Whoever says that it was busy may have left one all the same; by its name alone it is known as ours.
+            await self._destroy(keep=vm_ref)
         vm_uuid = str(await self._get("VM.get_uuid", vm_ref))
         self._item = await self._ledger.made(self._item, vm_uuid)
         await self._mark("VM", vm_ref, vm_uuid, self._item)
@@ -76,14 +80,19 @@ class SnapshotTaker:
 
     async def discard(self) -> None:
         """Destroy whatever there is of the snapshot: VM, and VDIs with all they hold. Raises PoolError at the end."""
-        if self._item is None:
-            return
+        if self._item is not None:
+            await self._destroy()
+            await self._ledger.gone(self._item)
+
+    async def _destroy(self, keep: Ref | None = None) -> None:
+        """All snapshots of the name, but for ``keep``. Raises PoolError at the end."""
+        assert self._item is not None
         failures: list[PoolError] = []
         vdis: dict[Ref, None] = {}
-        found = await self._get(
-            "VM.get_by_name_label", snapshot_name(self._ledger.run, self._item.number, self._vm.name)
-        )
+        found = await self._get("VM.get_by_name_label", self._name(self._item))
         for vm_ref in found if isinstance(found, list) else []:
+            if vm_ref == keep:
+                continue
             try:
                 vdis |= dict.fromkeys((await self._vdis_of(str(vm_ref))).values())
                 await destroy_vm(self._xapi, self._patience, str(vm_ref))
@@ -99,7 +108,9 @@ class SnapshotTaker:
                     await self._ledger.gone(self._vdi_items[ref])
         if failures:
             raise failures[0]
-        await self._ledger.gone(self._item)
+
+    def _name(self, item: Item) -> str:
+        return snapshot_name(self._ledger.run, item.number, self._vm.name)
 
     async def _snapshot(self, name: str) -> Ref:
         """The snapshot VM. Not repeated when the connection breaks: nobody would know of the first one."""
@@ -127,6 +138,7 @@ class SnapshotTaker:
             try:
                 return await call()
             except XapiFailure as exc:
+                self._has_failed = True
                 if exc.code == _STATE_CHANGED:
                     return await call()
                 if exc.code in _SCAN_HELPS:
