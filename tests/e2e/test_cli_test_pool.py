@@ -5,6 +5,7 @@ One is real: QEMU boots the very VHD that the pool's hosts see, over NFS, and dr
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -14,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.boot_pool_site import boot_pool_site
-from tests.support.boot_world import wait_until
+from tests.support.boot_world import parent, wait_until
 from tests.support.cli import COMMAND, TIMEOUT_S
 from tests.support.instant_lab import blockdev
 from tests.support.micro_guest import BOOTED, micro_disk
 from tests.support.nfs_network import needs_ganesha, needs_libnfs
 from tests.support.qemu_guest import Guest
-from tests.support.xensim import default_world
+from tests.support.xensim import MIB, default_world, signalled_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,12 +39,16 @@ STALE = {"name": "Debian GNU/Linux 12 as of the backup"}
 def site() -> Iterator[Site]:
     world = default_world()
     image = str(micro_disk())
-    world["vms"].append({"name": "micro", "disks": [{"name": "micro-root", "sr": "nfs", "image": image}]})
+    blocked = dict.fromkeys(("hard_shutdown", "clean_shutdown", "destroy"), "protected")
+    world["vms"] += [
+        {"name": "micro", "disks": [{"name": "micro-root", "sr": "nfs", "image": image}]},
+        {"name": "guarded", "blocked_operations": blocked, "disks": [{"name": "g", "sr": "nfs", "size": 8 * MIB}]},
+    ]
     with boot_pool_site(world) as made:
         # What its agent told while it was backed up comes with every VM that is made of the point.
         made.sim.do("guest_agent", vm=made.sim.vm("web")["uuid"], os_version=STALE)
         made.good(made.world, "backup", "vm", "web", "--pool", "lab")
-        made.good(made.world, "backup", "vm", "micro", "--pool", "lab")
+        made.good(made.world, "backup", "vm", "micro", "guarded", "--pool", "lab")
         made.sim.do("coalesce")
         made.before = made.state()
         yield made
@@ -155,6 +160,73 @@ def test_an_interrupted_test_takes_all_away(site: Site) -> None:
         assert test.vm
         test.process.send_signal(signal.SIGINT)
     assert test.process.returncode == 130
+
+
+def test_a_vm_whose_original_is_protected_goes_all_the_same(site: Site) -> None:
+    done = site.run("test", "guarded@latest", *ON_POOL, "--deadline", "1")
+    assert (done.code, "stays" in done.err) == (109, False), done.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "call",
+    ["SR.introduce", "PBD.plug", "network.create", "VM.start", "VM.destroy", "network.destroy", "PBD.unplug"],
+)
+def test_ctrl_c_at_any_time_leaves_nothing(site: Site, call: str) -> None:
+    environment = site.world.environment(XBFS_CONFIG=str(site.world.directory / "config"))
+    words = ("test", "web@latest", "--pool", "lab", "--deadline", "1")
+    assert signalled_at(site.sim, call, signal.SIGINT, words, environment) in (130, 109)
+
+
+@pytest.mark.slow
+def test_a_start_that_goes_on_after_ctrl_c_leaves_nothing(site: Site) -> None:
+    fault = site.sim.fault("VM.start", "hold")
+    with on_trial(site, "web") as test:
+        site.sim.wait_fault(fault, timeout_s=60)
+        test.process.send_signal(signal.SIGINT)
+        time.sleep(3)
+        site.sim.clear(fault)
+        test.process.wait(TIMEOUT_S)
+    assert test.process.returncode == 130
+
+
+@pytest.mark.slow
+def test_a_live_server_that_hangs_does_not_hold_the_deadline(site: Site) -> None:
+    with on_trial(site, "web", "--deadline", "3") as test:
+        assert test.vm
+        others = [pid for pid in site.world.processes() if pid != test.process.pid]
+        server = next(pid for pid in others if parent(pid) in others)
+        os.kill(server, signal.SIGSTOP)
+        try:
+            time.sleep(17)  # two looks that give the server up
+        finally:
+            os.kill(server, signal.SIGCONT)
+        test.process.wait(TIMEOUT_S)
+    assert test.process.returncode == 3, results_of(site, "web")[-1]
+    assert "something runs" in results_of(site, "web")[-1]["reason"], "what was read is not known"
+
+
+@pytest.mark.slow
+def test_the_networks_of_two_tests_of_one_vm_are_both_taken(site: Site) -> None:
+    with on_trial(site, "web") as first:
+        vm = first.vm
+        fault = site.sim.fault("VM.set_name_label", "hold")
+        with on_trial(site, "web", "--deadline", "1") as second:
+            site.sim.wait_fault(fault, timeout_s=60)
+            site.sim.do("guest_agent", vm=vm)
+            first.process.wait(TIMEOUT_S)
+            site.sim.clear(fault)
+            second.process.wait(TIMEOUT_S)
+
+
+@pytest.mark.slow
+def test_a_session_that_somebody_else_took_away_is_no_warning(site: Site) -> None:
+    with on_trial(site, "web", "--deadline", "6") as test:
+        assert test.vm
+        (name,) = site.sessions()
+        site.good(site.world, "boot", "discard", name, "--force")
+        _, err = test.process.communicate(timeout=TIMEOUT_S)
+    assert (test.process.returncode, b"stays" in err) == (3, False), err
 
 
 @pytest.mark.parametrize("call", ["network.create", "VM.set_name_label", "PBD.plug"])

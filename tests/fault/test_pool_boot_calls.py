@@ -7,131 +7,27 @@ leaves the pool exactly as it was, and a second `migrate` ends what the first be
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
-from trio.testing import MockClock
 
-from tests.support.fake_boot_pool import FakeBootPool
-from tests.support.restore_lab import RestoreLab
-from tests.support.xensim import default_world, running_sim
-from xbfs.instant.pool.build import build, start
-from xbfs.instant.pool.migrate import Listener, Migrated, migrate
+from tests.support.boot_calls import CALLS_MAX, EFFECTS, Site, point_of_web
+from tools.xensim.failures import Failure
 from xbfs.instant.pool.notes import working_name
-from xbfs.instant.pool.plan import BootPlan, BootWishes, plan_boot
-from xbfs.instant.pool.record import SESSION_KEY, Journal
-from xbfs.instant.pool.tear_down import tear_down
-from xbfs_engine.core.errors import ObjectNotFound, SessionBusy, UsageError, VmNotReady, XbfsError
-from xbfs_engine.core.runtime import system_runtime
-from xbfs_engine.restore.vm.target import look_at
-from xbfs_engine.source.xapi.vm_record import RECORD_KEY
+from xbfs.instant.pool.plan import BootWishes
+from xbfs.instant.pool.record import Journal
+from xbfs_engine.core.errors import SessionBusy, VmNotReady
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from xbfs_engine.catalog.restore_point import RestorePoint
-    from xbfs_engine.source.xapi.session import Pool
-
-PLACE = ("10.0.0.9", "/xbfs/s")
-CALLS_MAX = 120
-NETWORKS = ("lan", "lab")
-EFFECTS = ("before", "after", "lost")
 
 
 @pytest.fixture(scope="module")
 def point(tmp_path_factory: pytest.TempPathFactory) -> RestorePoint:
-    """Of a VM with two disks and a network, without the archive: that needs a host to import it."""
-    directory = tmp_path_factory.mktemp("point")
-    with running_sim(default_world(), directory / "sim") as sim:
-        found = trio.run(RestoreLab(directory).back_up, sim, "web")
-    return replace(found, vm={RECORD_KEY: found.vm[RECORD_KEY]})
-
-
-def run(work: Callable[[], Awaitable[Any]]) -> Any:
-    return trio.run(work, clock=MockClock(autojump_threshold=0.0))
-
-
-def quiet(_text: str) -> None:
-    return
-
-
-LISTENER = Listener(quiet, lambda number, share: None)
-
-
-class Site:
-    """A pool, and a session for it."""
-
-    def __init__(
-        self,
-        point: RestorePoint,
-        directory: Path,
-        wishes: BootWishes | None = None,
-        networks: tuple[str, ...] = ("lan", "lab"),
-        pool: FakeBootPool | None = None,
-    ) -> None:
-        self.pool, self.directory = pool or FakeBootPool({}, networks), directory
-        self.before = self.pool.everything()
-        target = run(partial(look_at, self.pool))
-        self.plan: BootPlan = plan_boot(point, target, wishes or BootWishes(), "lab", system_runtime().random)
-        self.pool.files |= {self.plan.record.vdis[disk.number]: disk.disk.size_bytes for disk in self.plan.vm.disks}
-        Journal.begin(directory, self.plan.record)
-
-    @property
-    def journal(self) -> Journal:
-        """As the next process reads it."""
-        found = Journal.of(self.directory)
-        assert found is not None
-        return found
-
-    @property
-    def vm(self) -> str:
-        return str(self.pool.db.by_uuid("VM", self.journal.record.vm_uuid))
-
-    def boot(self, *, to_start: bool = True) -> None:
-        async def work() -> None:
-            made = await build(cast("Pool", self.pool), self.journal, self.plan, "node", PLACE, quiet)
-            if to_start:
-                await start(self.pool, made.ref)
-
-        run(work)
-
-    def migrate(self) -> Migrated:
-        done = run(partial(migrate, self.pool, self.journal, "ext", LISTENER))
-        assert isinstance(done, Migrated)
-        return done
-
-    def discard(self, *, force: bool = True) -> None:
-        run(partial(tear_down, self.pool, self.journal, quiet, force=force))
-
-    def failing(self, nth: int, effect: str, work: Callable[[], object]) -> bool:
-        """Whether a call of ``work`` failed; then the fault is over."""
-        self.pool.fails_at, self.pool.effect, self.pool.struck = self.pool.calls + nth, effect, ""
-        try:
-            work()
-        except XbfsError:
-            assert self.pool.struck
-        self.pool.fails_at = 0
-        return bool(self.pool.struck)
-
-    def check_clean(self, *told: object) -> None:
-        assert self.pool.everything() == self.before, (self.pool.struck, *told)
-
-    def check_moved(self, *told: object) -> None:
-        """The VM has its disks on the other SR, whole and unmarked; nothing else is on the pool that was not."""
-        db, vm = self.pool.db, self.vm
-        disks = self.pool.disks_of(vm)
-        uuids = self.plan.record.vdis
-        assert {number: self.pool.content[vdi] for number, vdi in disks.items()} == {
-            number: f"of {uuid}" for number, uuid in uuids.items()
-        }, told
-        added = self.pool.everything().keys() - self.before.keys()
-        own = {vm, *disks.values(), *db.refs(vm, "VBDs"), *db.refs(vm, "VIFs")}
-        assert added == own, (self.pool.struck, *told)
-        assert all(db.text(vdi, "SR") == self.pool.target for vdi in disks.values())
-        assert all(SESSION_KEY not in db.mapping(vdi, "other_config") for vdi in disks.values())
+    return point_of_web(tmp_path_factory.mktemp("point"))
 
 
 @pytest.mark.parametrize("effect", EFFECTS)
@@ -289,54 +185,32 @@ def test_no_more_than_three_disks_move_at_once(
     assert {site.pool.db.text(vdi, "SR") for vdi in site.pool.disks_of(site.vm).values()} == {site.pool.target}
 
 
-def test_without_a_network_of_the_pool_the_vm_can_be_isolated(point: RestorePoint, tmp_path: Path) -> None:
-    with pytest.raises(ObjectNotFound):
-        Site(point, tmp_path, networks=())
-    site = Site(point, tmp_path, BootWishes(isolated=True), networks=())
-    site.boot()
-    db = site.pool.db
-    (network,) = networks_of(site)
-    assert db.refs(network, "PIFs") == []
-    assert network not in site.before
-    assert db.mapping(site.vm, "blocked_operations") == {}
-    with pytest.raises(UsageError):
-        Site(point, tmp_path, BootWishes(disks=frozenset({7})))
-
-
-def networks_of(site: Site) -> set[str]:
-    return {site.pool.db.text(vif, "network") for vif in site.pool.db.refs(site.vm, "VIFs")}
-
-
-def test_two_isolated_vms_do_not_see_each_other(point: RestorePoint, tmp_path: Path) -> None:
-    paths = [tmp_path / name for name in ("1", "2")]
-    for path in paths:
-        path.mkdir()
-    first = Site(point, paths[0], BootWishes(isolated=True))
-    first.boot()
-    first.pool.files.clear()  # they are on its SR now
-    other = Site(point, paths[1], BootWishes(isolated=True), pool=first.pool)
-    other.boot()
-    assert not networks_of(first) & networks_of(other)
-    other.discard()
-    other.check_clean()
-
-
-@pytest.mark.parametrize("effect", EFFECTS)
-def test_an_isolated_vm_keeps_its_network_where_it_goes(point: RestorePoint, tmp_path: Path, effect: str) -> None:
-    for nth in range(1, CALLS_MAX):
-        site = Site(point, tmp_path, BootWishes(isolated=True))
-        site.boot()
-        struck = site.failing(nth, effect, site.migrate)
-        site.migrate()
-        site.discard()
-        (network,) = networks_of(site)
-        assert network not in site.before, (nth, site.pool.struck)
-        assert SESSION_KEY not in site.pool.db.mapping(network, "other_config")
-        if not struck:
-            return
-    pytest.fail("there is no end of calls")
-
-
 def test_the_name_in_the_making_is_no_run_of_a_sweep(point: RestorePoint, tmp_path: Path) -> None:
     record = Site(point, tmp_path).plan.record
     assert record.working_name == working_name(record.sr_uuid, "web")
+
+
+def test_a_start_that_was_given_up_and_goes_on_is_taken_back(point: RestorePoint, tmp_path: Path) -> None:
+    """Halted while we look, running when it is deleted."""
+    site = Site(point, tmp_path, BootWishes(isolated=True))
+    site.boot(to_start=False)
+    original, waiting = site.pool.VM_destroy, [True]
+
+    def destroy(vm: str) -> None:
+        if waiting:
+            waiting.clear()
+            site.pool.VM_start(vm, False, False)
+            raise Failure("OTHER_OPERATION_IN_PROGRESS", "VM", vm, "start")
+        original(vm)
+
+    site.pool.VM_destroy = destroy  # type: ignore[method-assign]
+    site.discard()
+    site.check_clean()
+
+
+def test_a_vm_that_is_busy_is_powered_off_when_it_is_not(point: RestorePoint, tmp_path: Path) -> None:
+    site = Site(point, tmp_path)
+    site.boot()
+    site.pool.faults["VM.hard_shutdown"] = ["OTHER_OPERATION_IN_PROGRESS"]
+    site.discard()
+    site.check_clean()

@@ -81,10 +81,10 @@ class BootWorld(World):
         return sorted(found, key=_started)  # numbers begin anew at 32768, often within one run of the tests
 
     def supervisor(self) -> int:
-        return next(pid for pid in self.processes() if _parent(pid) not in self.processes())
+        return next(pid for pid in self.processes() if parent(pid) not in self.processes())
 
     def server(self) -> int:
-        return next(pid for pid in self.processes() if _parent(pid) == self.supervisor())
+        return next(pid for pid in self.processes() if parent(pid) == self.supervisor())
 
     def end(self) -> None:
         for pid in self.processes():
@@ -117,7 +117,7 @@ def wait_until(holds: Any, limit_s: float = GONE_S) -> None:
         time.sleep(0.05)
 
 
-def _parent(pid: int) -> int:
+def parent(pid: int) -> int:
     return _stat(pid, 4)
 
 

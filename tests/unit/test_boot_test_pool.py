@@ -43,16 +43,17 @@ class Lab:
     def __init__(self) -> None:
         self.pool = FakeBootPool({}, ())
         self.vm = self.pool.vm("web", domid=-1)
-        self.usage = BUSY
+        self.usage: Usage | None = BUSY
         self.script: dict[float, Callable[[], object]] = {}
 
     def set(self, **fields: Any) -> None:
         self.pool.db.set(self.vm, **fields)
 
-    def agent_speaks(self) -> None:
-        self.set(guest_metrics=self.pool.db.create("VM_guest_metrics", live=True, last_updated=self.pool.time))
+    def agent_speaks(self, **fields: Any) -> None:
+        said = {"live": True, "last_updated": self.pool.time, "os_version": {"name": "Debian GNU/Linux 12"}} | fields
+        self.set(guest_metrics=self.pool.db.create("VM_guest_metrics", **said))
 
-    async def used(self) -> Usage:
+    async def used(self) -> Usage | None:
         return self.usage
 
     def test(self) -> BootTest:
@@ -113,7 +114,7 @@ def test_what_the_agent_said_before_the_backup_is_no_proof(lab: Lab) -> None:
 
 
 def test_an_agent_that_is_not_alive_is_no_proof(lab: Lab) -> None:
-    lab.script = {5.0: lambda: lab.set(guest_metrics=lab.pool.db.create("VM_guest_metrics", live=False))}
+    lab.script = {5.0: lambda: lab.agent_speaks(live=False)}
     assert lab.test().verdict is Verdict.UNCLEAR
 
 
@@ -180,3 +181,48 @@ def test_a_vm_that_is_gone_before_it_starts_is_an_error(lab: Lab) -> None:
     with pytest.raises(ExceptionGroup) as raised:
         lab.test()
     assert raised.group_contains(XapiFailure)
+
+
+def test_metrics_that_xapi_itself_makes_of_every_vm_are_no_agent(lab: Lab) -> None:
+    lab.usage = Usage(0, 0)
+    lab.script = {1.0: partial(lab.agent_speaks, os_version={}, other={"has-vendor-device": "0"})}
+    assert lab.test().verdict is Verdict.FAILED
+
+
+def test_stale_words_that_could_not_be_read_before_the_start_are_no_proof(lab: Lab) -> None:
+    lab.agent_speaks()
+    lab.pool.faults["VM_guest_metrics.get_record"] = ["INTERNAL_ERROR"]
+    with pytest.raises(ExceptionGroup):
+        lab.test()
+
+
+def test_an_agent_whose_record_goes_while_it_is_read_is_no_end(lab: Lab) -> None:
+    lab.script = {5.0: partial(lab.agent_speaks, live=False), 20.0: lab.agent_speaks}
+    lab.pool.faults["VM_guest_metrics.get_record"] = ["HANDLE_INVALID"] * 3
+    assert lab.test().verdict is Verdict.BOOTED
+
+
+def test_a_vm_that_restarts_is_paused_for_a_moment(lab: Lab) -> None:
+    lab.script = {
+        0.5: partial(lab.set, domid=1),
+        10.0: partial(lab.set, power_state="Paused", domid=2),
+        14.0: partial(lab.set, power_state="Running", domid=2),
+        20.0: lab.agent_speaks,
+    }
+    assert lab.test().verdict is Verdict.BOOTED
+
+
+def test_reads_that_nobody_counts_are_no_failure_of_the_guest(lab: Lab) -> None:
+    lab.usage = None
+    assert lab.test().verdict is Verdict.UNCLEAR
+
+
+def test_the_time_begins_with_the_start(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = lab.pool.run_task
+
+    async def slow(method: str, *arguments: Any, **options: Any) -> str:
+        await trio.sleep(20)
+        return await original(method, *arguments, **options)
+
+    monkeypatch.setattr(lab.pool, "run_task", slow)
+    assert lab.test().elapsed_ms < 75_000

@@ -76,6 +76,7 @@ def test_a_calm_system_that_wrote_runs_and_each_part_of_that_is_needed() -> None
         {"still_s": 1.0},
         {"quiet_s": 1.0},
         {"cpu": 0.99},
+        {"cpu": None},
         {"read_bytes": 1000},
     ):
         assert verdict_of(replace(calm, **less)) is None, less

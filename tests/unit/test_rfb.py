@@ -91,10 +91,13 @@ LIES = {
     "an older one than there is": b"RFB 002.000\n",
     "a password": b"RFB 003.008\n\1\2",
     "nobody is let in": b"RFB 003.008\n\0\0\0\0\4gone",
-    "a refusal": b"RFB 003.008\n\1\1\0\0\0\1",
+    "a refusal": b"RFB 003.008\n\1\1\0\0\0\1" + server_init(10, 6) + update(rectangle(PICTURE)),
     "an old password": b"RFB 003.003\n\0\0\0\2",
     "no pixels": MODERN + server_init(0, 6),
     "too many": MODERN + server_init(8192, 8192),
+    "too wide": MODERN + server_init(8193, 1),
+    "too high": MODERN + server_init(1, 8193),
+    "below": MODERN + server_init(10, 6) + update(rectangle(PICTURE, 0, 1)),
     "a long name": MODERN + struct.pack(">HH16xI", 10, 6, 0xFFFFFFFF),
     "outside": MODERN + server_init(10, 6) + update(rectangle(PICTURE, 1, 0)),
     "another encoding": MODERN + server_init(10, 6) + update(struct.pack(">HHHHi", 0, 0, 10, 6, 7)),
@@ -107,10 +110,51 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("said", LIES.values(), ids=LIES)
-def test_a_lie_is_a_typed_error(said: bytes) -> None:
-    with pytest.raises(InstantError):
-        screen_of(Script(said))
+WHY = {
+    "no RFB": "does not speak RFB",
+    "an older one than there is": "does not speak RFB",
+    "a password": "password",
+    "nobody is let in": "does not let us in",
+    "a refusal": "does not let us in",
+    "an old password": "password",
+    "no pixels": "0 by 6",
+    "too many": "8192 by 8192",
+    "too wide": "8193 by 1",
+    "too high": "1 by 8193",
+    "a long name": "bytes that nobody wants",
+    "outside": "does not have",
+    "below": "does not have",
+    "another encoding": "nobody asked for",
+    "an unknown message": "message 150",
+    "much clipboard": "bytes that nobody wants",
+    "the same for ever": "more than it has",
+    "nothing for ever": "never comes as a whole",
+    "broken off": "broken off",
+    "a size for ever": "never comes as a whole",
+}
+
+
+@pytest.mark.parametrize("name", WHY)
+def test_a_lie_is_told_for_what_it_is(name: str) -> None:
+    more = b"" if name == "broken off" else bytes(99_999)
+    with pytest.raises(InstantError, match=WHY[name]):
+        screen_of(Script(LIES[name] + more))
+
+
+def test_a_screen_may_be_drawn_several_times_and_again_in_a_new_size() -> None:
+    part = rectangle(PICTURE[:5])
+    small = update(*[rectangle(np.zeros((2, 4, 3), np.uint8))] * 5, new_size(10, 6))
+    said = small + update(part, part, part) + update(rectangle(PICTURE))
+    assert np.array_equal(screen_of(Script(MODERN + server_init(4, 3) + said)), PICTURE)
+
+
+def test_what_the_client_says() -> None:
+    script = Script(MODERN + server_init(10, 6) + update(rectangle(PICTURE)))
+    screen_of(script)
+    told = script.heard[12:]
+    assert told[:2] == b"\1\1", "no security; shared"
+    assert told[2:22] == b"\0\0\0\0" + struct.pack(">BBBBHHHBBB3x", 32, 24, 0, 1, 255, 255, 255, 16, 8, 0)
+    assert told[22:34] == struct.pack(">BxHii", 2, 2, 0, -223)
 
 
 @settings(max_examples=200)

@@ -175,18 +175,14 @@ def _screen(world: World, request: Request) -> None:
 
 
 def _guest_agent(world: World, request: Request) -> None:
-    """What the agent of a guest that runs tells: ever new metrics at its first word (xen-api, xapi_guest_agent.ml)."""
+    """What the agent of a guest tells of its system."""
     db = world.db
     with db.lock:
         vm = db.by_uuid("VM", request["vm"])
-        stale = db.text(vm, "guest_metrics")
+        if not db.exists(db.text(vm, "guest_metrics")):
+            db.set(vm, guest_metrics=db.create("VM_guest_metrics"))
         os_version = request.get("os_version", {"name": "Debian GNU/Linux 12"})
-        new = db.create(
-            "VM_guest_metrics", live=True, os_version=os_version, last_updated=world.clock.now(), networks={}
-        )
-        db.set(vm, guest_metrics=new)
-        if db.exists(stale):
-            db.destroy(stale)
+        db.set(db.text(vm, "guest_metrics"), live=True, os_version=os_version, last_updated=world.clock.now())
 
 
 def _guest_ends(world: World, request: Request) -> None:

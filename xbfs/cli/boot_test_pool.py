@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from xbfs_engine.catalog.restore_point import RestorePoint
     from xbfs_engine.source.xapi.config import Credentials, PoolConfig
 
+_METER_S: Final = 5.0
 _OF_QEMU: Final = ("accel", "firmware", "bus", "memory")
 
 
@@ -80,15 +81,17 @@ class _Meter:
     def __init__(self, ground: Ground, begun: OnPool) -> None:
         self._repository = ground.repository
         self._name = begun.session.name
-        self._last = Usage(0, 0)
+        self._turn = trio.CapacityLimiter(1)  # a thread that hangs is one, not one more each time
 
-    async def read(self) -> Usage:
-        """As it is now; while nobody tells, as it was."""
-        return await trio.to_thread.run_sync(self._read)
+    async def read(self) -> Usage | None:
+        """As it is now; None if the live server does not tell soon."""
+        with trio.move_on_after(_METER_S):
+            return await trio.to_thread.run_sync(self._read, abandon_on_cancel=True, limiter=self._turn)
+        return None
 
-    def _read(self) -> Usage:
+    def _read(self) -> Usage | None:
         with suppress(XbfsError):
             for running in client.running(self._repository):
                 if running.name == self._name and running.is_served:
-                    self._last = Usage(running.read_bytes, running.dirty_bytes)
-        return self._last
+                    return Usage(running.read_bytes, running.dirty_bytes)
+        return None

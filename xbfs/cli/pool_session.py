@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,7 +20,7 @@ from xbfs.instant.pool.tear_down import tear_down
 from xbfs.instant.session import DiskFormat, Export, Session, SessionDisk
 from xbfs.instant.share import address_towards, checked_clients
 from xbfs.instant.state import state_of
-from xbfs_engine.core.errors import ExportFailed, XbfsError
+from xbfs_engine.core.errors import ExportFailed, SessionNotFound, XbfsError
 from xbfs_engine.core.runtime import system_runtime
 from xbfs_engine.restore.vm.target import look_at
 from xbfs_engine.source.xapi.session import open_pool
@@ -96,8 +97,9 @@ class PoolSessions:
         """Nothing stays; or the session does, with what can not be taken from the pool, and it is said."""
         try:
             if journal is not None:
-                trio.run(self._tear_down, journal)
-            client.discard(self.repository, name, force=True)
+                tasks.finish(partial(self._tear_down, journal))
+            with suppress(SessionNotFound):  # somebody was faster
+                client.discard(self.repository, name, force=True)
         except (XbfsError, trio.TooSlowError) as exc:
             self.output.warn(
                 f"session {name} stays, for not all could be taken from pool {self.config.name}: {exc}",

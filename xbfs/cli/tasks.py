@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import trio
@@ -21,16 +22,22 @@ def run(work: Callable[[], Awaitable[T]]) -> T:
 
     Raises Cancelled unless the work was done before the signal could stop it.
     """
-    return trio.run(_cancellable, work)
+    return trio.run(partial(_guarded, work, stops=True))
 
 
-async def _cancellable(work: Callable[[], Awaitable[T]]) -> T:
+def finish(work: Callable[[], Awaitable[T]]) -> T:
+    """The result of ``work`` that takes back what was made: a first SIGINT or SIGTERM does not stop it, a second one
+    ends the process at once."""
+    return trio.run(partial(_guarded, work, stops=False))
+
+
+async def _guarded(work: Callable[[], Awaitable[T]], *, stops: bool) -> T:
     results: list[T] = []
     failures: list[Exception] = []
-    scope = trio.CancelScope()
+    scope, unheard = trio.CancelScope(), trio.CancelScope()
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_watch, signals, scope)
+            nursery.start_soon(_watch, signals, scope if stops else unheard)
             with scope:
                 try:
                     results.append(await work())

@@ -115,6 +115,7 @@ def start_on(ctx: Context, vm: Ref, host: Ref, start_paused: bool, force: bool) 
         for ref in db.refs(vm, "VIFs"):
             db.set(ref, currently_attached=True)
         db.set(vm, power_state="Paused" if start_paused else "Running", domid=db.generation % 65536)
+        _renew_guest_metrics(ctx, vm)
         console = db.create("console", VM=vm, protocol="rfb")
         db.set(console, location=f"https://{db.text(host, 'address')}/console?uuid={db.text(console, 'uuid')}")
     update(ctx, vm)
@@ -250,6 +251,19 @@ def update(ctx: Context, vm: Ref) -> None:
     blocked = ctx.db.mapping(vm, "blocked_operations")
     allowed = _ALLOWED[ctx.db.text(vm, "power_state")]
     ctx.db.set(vm, allowed_operations=[name for name in allowed if name not in blocked])
+
+
+def _renew_guest_metrics(ctx: Context, vm: Ref) -> None:
+    """XAPI throws the old ones away and makes new ones, live, also of guests without an agent: what is in them are
+    keys that xenopsd gives every domain (xen-api: xapi_vm.ml start, xapi_xenops.ml, xenopsd domain.ml)."""
+    db = ctx.db
+    with db.lock:
+        old = db.text(vm, "guest_metrics")
+        other = {"platform-feature-multiprocessor-suspend": "1", "has-vendor-device": "0"}
+        new = db.create("VM_guest_metrics", live=True, last_updated=ctx.world.clock.now(), other=other)
+        db.set(vm, guest_metrics=new)
+        if db.exists(old):
+            db.destroy(old)
 
 
 def _stop(ctx: Context, vm: Ref) -> None:

@@ -1,8 +1,9 @@
 """A boot test on a pool: an isolated VM there is started and watched through XAPI. Event-loop thread only.
 
-What XAPI tells (xen-api): the power state; the domain's number, another one after each restart; what the guest's agent
-says, in records of their own; the screen. Of HVM guests it has no text console, and no use of processors that is
-fresh. What is read and written the session knows, whose disks they are.
+What XAPI tells (xen-api): the power state; the domain's number, another one after each restart; the guest metrics,
+which it makes anew for every VM that runs, and in which the agent alone names a system; the screen. Of HVM guests it
+has no text console, and no use of processors that is fresh. What is read and written the session knows, whose disks
+they are.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from xbfs.instant.boottest.verdict import Judgement
 from xbfs.instant.pool.build import start
 from xbfs_engine.catalog.boottests import Signal, Verdict
 from xbfs_engine.core.errors import InstantError, PoolError, XapiFailure
+from xbfs_engine.source.xapi.failures import Handling, handling_of
 from xbfs_engine.source.xapi.fields import Fields
 from xbfs_engine.source.xapi.http import console
 
@@ -37,8 +39,9 @@ ACCELERATOR: Final = "xen"
 _SCREEN_S: Final = 5.0
 """Between pictures: some MB of a host's time each."""
 _SCREEN_LIMIT_S: Final = 15.0
-_HALTED_S: Final = 10.0
-"""For how long a VM has to be halted to count as switched off: one that restarts may be, for a moment."""
+_RUNNING: Final = "running"
+_SETTLED_S: Final = 10.0
+"""For how long a VM has to be halted or paused until it counts: one that restarts may be either for a moment."""
 _NO_LOADER: Final = "BOOTLOADER_FAILED"
 
 
@@ -49,40 +52,50 @@ class Usage(NamedTuple):
     written_bytes: int
 
 
+class _Words(NamedTuple):
+    """What an agent said: in which record, and when."""
+
+    metrics: Ref
+    updated: str
+
+
 class PoolObserver(Observer):
-    """Of a VM on a pool. ``usage``: of its session until now."""
+    """Of a VM on a pool. ``usage``: of its session until now, None if nobody tells."""
 
     poll_s = 2.0
 
-    def __init__(self, pool: Pool, vm: Ref, usage: Callable[[], Awaitable[Usage]]) -> None:
+    def __init__(self, pool: Pool, vm: Ref, usage: Callable[[], Awaitable[Usage | None]]) -> None:
         super().__init__()
         self.seen.is_on_pool = True
         self.screen_problem = ""
         self._pool = pool
         self._vm = vm
         self._usage = usage
-        self._stale: tuple[Ref | None, str] = (None, "")
+        self._stale: _Words | None = None
         self._domid = -1
-        self._halted_from_s: float | None = None
+        self._state = _RUNNING
+        self._state_from_s = 0.0
         self._screen_s = -_SCREEN_S
 
     async def note_stale(self) -> None:
         """Before the VM is started: what its agent told when it was backed up, which an import brings along
         (xen-api, import.ml). Raises PoolError."""
         vm = await self._record("VM", self._vm)
-        self._stale = (await self._agent(vm.reference("guest_metrics")))[:2]
+        self._stale = await self._words(vm.reference("guest_metrics"))
 
     async def look(self, elapsed_s: float) -> Observed:
         """What is to be seen now. Raises PoolError if the VM or the pool is not there any more."""
         seen = self.seen
         seen.elapsed_s = elapsed_s
         vm = await self._record("VM", self._vm)
-        seen.status = vm.text("power_state").lower()
         self._look_at_domain(vm, elapsed_s)
         if not seen.agent_answered:
-            metrics, updated, is_live = await self._agent(vm.reference("guest_metrics"))
-            seen.agent_answered = is_live and (metrics, updated) != self._stale
-        seen.read_bytes, seen.written_bytes = await self._usage()
+            words = await self._words(vm.reference("guest_metrics"))
+            seen.agent_answered = words is not None and words != self._stale
+        usage = await self._usage()
+        seen.knows_use = usage is not None
+        if usage is not None:
+            seen.read_bytes, seen.written_bytes = usage
         self._saw_use(elapsed_s, None)
         if elapsed_s - self._screen_s >= _SCREEN_S:
             await self.look_at_screen(elapsed_s)
@@ -91,7 +104,7 @@ class PoolObserver(Observer):
     async def look_at_screen(self, elapsed_s: float) -> None:
         """Take a picture if there is one to be had; ``screen_problem`` says why not."""
         self._screen_s = elapsed_s
-        if self.seen.status != "running":
+        if self._state != _RUNNING:
             return
         try:
             with trio.fail_after(_SCREEN_LIMIT_S):
@@ -113,26 +126,32 @@ class PoolObserver(Observer):
         raise InstantError("the VM has no screen")
 
     def _look_at_domain(self, vm: Fields, elapsed_s: float) -> None:
-        seen, domid = self.seen, vm.integer("domid", -1)
+        seen, state, domid = self.seen, vm.text("power_state").lower(), vm.integer("domid", -1)
         if domid >= 0:
             seen.resets += self._domid not in (-1, domid)
             self._domid = domid
-        if seen.status != "halted":
-            self._halted_from_s = None
-        elif self._halted_from_s is None:
-            self._halted_from_s = elapsed_s
-        seen.has_shut_down = self._halted_from_s is not None and elapsed_s - self._halted_from_s >= _HALTED_S
+        if state != self._state:
+            self._state, self._state_from_s = state, elapsed_s
+        has_settled = state == _RUNNING or elapsed_s - self._state_from_s >= _SETTLED_S
+        seen.status = state if has_settled else _RUNNING
+        seen.has_shut_down = seen.status == "halted"
 
-    async def _agent(self, metrics: Ref | None) -> tuple[Ref | None, str, bool]:
-        """The record that the agent's words are in, when they came, and whether it is alive."""
+    async def _words(self, metrics: Ref | None) -> _Words | None:
+        """What an agent that is alive says of its system, and when; None if there is none. Raises PoolError."""
         if metrics is None:
-            return None, "", False
+            return None
         try:
-            record = await self._pool.call("VM_guest_metrics.get_record", metrics)
-        except XapiFailure:
-            return None, "", False  # XAPI makes a new one when a VM starts
-        fields = Fields("VM_guest_metrics", metrics, record if isinstance(record, dict) else {})
-        return metrics, str(record.get("last_updated", "")) if isinstance(record, dict) else "", fields.flag("live")
+            found = await self._pool.call("VM_guest_metrics.get_record", metrics)
+        except XapiFailure as exc:
+            if handling_of(exc) is not Handling.GONE:
+                raise
+            return None  # XAPI makes a new one when a VM starts
+        record = found if isinstance(found, dict) else {}
+        fields = Fields("VM_guest_metrics", metrics, record)
+        system = fields.mapping("os_version")
+        if not fields.flag("live") or not any(system.values()):
+            return None
+        return _Words(metrics, str(record.get("last_updated", "")))
 
     async def _record(self, cls: str, ref: Ref) -> Fields:
         found = await self._pool.call(f"{cls}.get_record", ref)
@@ -159,7 +178,7 @@ async def examine_on_pool(
     what: Examination,
     pool: Pool,
     vm: Ref,
-    usage: Callable[[], Awaitable[Usage]],
+    usage: Callable[[], Awaitable[Usage | None]],
     clock: Clock,
     report: Callable[[Observed], None],
 ) -> BootTest:

@@ -49,7 +49,8 @@ _LOGIN: Final = re.compile(r"(?m)^[^\n]{0,200}\blogin: *$")
 class Observed:
     """What has been seen until now. ``fatal_s``: for how long the console's fatal text is its last word;
     ``screen_colours`` 0 is no screen; ``still_s`` the same screen; ``quiet_s`` nothing read or written; ``cpu`` of one
-    processor in the last seconds, None if nobody knows. ``is_on_pool``: no console, no word of a panic."""
+    processor in the last seconds, None if nobody knows. ``knows_use``: what was read and written is known, and of now.
+    ``is_on_pool``: no console, no word of a panic."""
 
     elapsed_s: float = 0.0
     console: str = ""
@@ -65,6 +66,7 @@ class Observed:
     has_panicked: bool = False
     has_shut_down: bool = False
     agent_answered: bool = False
+    knows_use: bool = True
     is_on_pool: bool = False
 
 
@@ -132,7 +134,7 @@ def at_deadline(seen: Observed, marker: str | None) -> Judgement:
     within = f"within {seen.elapsed_s:.0f} s"
     if fatal is not None:
         return Judgement(Verdict.FAILED, fatal, on_console=True)
-    if seen.written_bytes < WRITTEN_BYTES and seen.read_bytes < LOADED_BYTES:
+    if seen.knows_use and seen.written_bytes < WRITTEN_BYTES and seen.read_bytes < LOADED_BYTES:
         return Judgement(Verdict.FAILED, f"hung in its loader: {seen.read_bytes} bytes were read {within}")
     if marker is not None:
         return Judgement(Verdict.FAILED, f"the console did not show {marker!r} {within}")

@@ -70,7 +70,8 @@ def plan_boot(point: RestorePoint, target: Target, wishes: BootWishes, pool: str
         hosts=tuple(host.ref for host in hosts),
         other_config={},
     )
-    nowhere = Network("", sr_uuid, f"{sr_name} (isolated)", "")
+    # An import finds networks by their name (xen-api, import.ml): nobody else's may have it.
+    nowhere = Network("", sr_uuid, f"{sr_name} (isolated {sr_uuid[:8]})", "")
     networks = _all_to(nowhere, point) if wishes.isolated else wishes.networks
     to_be = Target(replace(inventory, srs={**inventory.srs, "": sr}), (*target.networks, nowhere))
     vm = plan_vm(point, to_be, VmWishes(sr_uuid, name, wishes.disks, networks, keep_identity=False))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import trio
+
 from xbfs.instant.pool.record import SESSION_KEY
 from xbfs_engine.core.errors import PoolError, SessionBusy, VmNotReady, XapiFailure
 from xbfs_engine.restore.vm.calls import patiently
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from xbfs_engine.source.xapi.session import Ref, Xapi, XapiValue
 
 STOP_S = 300.0
+_USED = frozenset({"NETWORK_CONTAINS_VIF", "NETWORK_CONTAINS_PIF"})
+_WRONG_STATE = "VM_BAD_POWER_STATE"
+_TRIES = 3
+_BUSY_S = 2.0
 
 
 class Present(NamedTuple):
@@ -117,11 +123,20 @@ async def leave_network(pool: Xapi, record: PoolRecord, say: Callable[[str], Non
         network = Fields("network", ref, found)
         if network.mapping("other_config").get(SESSION_KEY) != record.sr_uuid:
             continue
-        if network.texts("VIFs"):
+        if network.texts("VIFs") or not await _destroyed(pool, ref):
             say(f"network {network.text('name_label')} stays: it is used")
             await gone_is_fine(pool, "network.remove_from_other_config", ref, SESSION_KEY)
-        else:
-            await gone_is_fine(pool, "network.destroy", ref)
+
+
+async def _destroyed(pool: Xapi, network: Ref) -> bool:
+    """Whether it is gone; not if somebody has come to use it."""
+    try:
+        await gone_is_fine(pool, "network.destroy", network)
+    except XapiFailure as exc:
+        if exc.code not in _USED:
+            raise
+        return False
+    return True
 
 
 async def drop_copies(pool: Xapi, journal: Journal, present: Present, *, keep: frozenset[int] = frozenset()) -> None:
@@ -163,16 +178,38 @@ async def gone_is_fine(pool: Xapi, method: str, ref: Ref, *arguments: XapiValue)
 
 async def _remove(pool: Xapi, vm: Vm, say: Callable[[str], None], *, force: bool) -> None:
     """The record of a VM and of its parts; its disks stay."""
-    if vm.power_state != "Halted":
-        if not force:
-            raise SessionBusy(
-                f"VM {vm.name} is {vm.power_state.lower()}", hint="shut it down first; --force powers it off"
-            )
-        say(f"powering VM {vm.name} off")
+    state = vm.power_state
+    if state != "Halted" and not force:
+        raise SessionBusy(f"VM {vm.name} is {state.lower()}", hint="shut it down first; --force powers it off")
+    if force:
+        # What its original was protected from comes with it.
+        await gone_is_fine(pool, "VM.set_blocked_operations", vm.ref, {})
+    for tries_left in reversed(range(_TRIES)):
+        if state != "Halted":
+            say(f"powering VM {vm.name} off")
+            await _power_off(pool, vm.ref)
+        say(f"deleting VM {vm.name}")
         try:
-            await pool.run_task("VM.hard_shutdown", vm.ref, timeout_s=STOP_S)
+            await gone_is_fine(pool, "VM.destroy", vm.ref)
         except XapiFailure as exc:
-            if exc.code != "VM_BAD_POWER_STATE" and handling_of(exc) is not Handling.GONE:
+            # A start that was given up went on while we waited for it.
+            if exc.code != _WRONG_STATE or not force or not tries_left:
                 raise
-    say(f"deleting VM {vm.name}")
-    await gone_is_fine(pool, "VM.destroy", vm.ref)
+            state = str(await gone_is_fine(pool, "VM.get_power_state", vm.ref) or "Halted")
+        else:
+            return
+
+
+async def _power_off(pool: Xapi, vm: Ref) -> None:
+    give_up_at = trio.current_time() + STOP_S
+    while True:
+        try:
+            await pool.run_task("VM.hard_shutdown", vm, timeout_s=STOP_S)
+        except XapiFailure as exc:
+            if exc.code == _WRONG_STATE or handling_of(exc) is Handling.GONE:
+                return
+            if handling_of(exc) is not Handling.BUSY or trio.current_time() > give_up_at:
+                raise
+            await trio.sleep(_BUSY_S)
+        else:
+            return
