@@ -98,7 +98,8 @@ def test_a_discard_takes_all_and_the_point_is_as_it_was(site: Site) -> None:
     assert "pool lab" in site.run("boot", "list").out.decode()
     (vif,) = (one for one in site.sim.dump("VIF")["VIF"] if one["VM"] == site.sim.vm("live")["uuid"])
     (network,) = (one for one in site.sim.dump("network")["network"] if one["uuid"] == vif["network"])
-    assert (network["name_label"], network["PIFs"]) == ("mine (isolated)", [])
+    assert network["name_label"].startswith("mine (isolated ")
+    assert network["PIFs"] == []
     write_as_guest(site, booted)
     refused = site.run("boot", "discard", "s")
     assert refused.code == 103, refused.err

@@ -39,7 +39,7 @@ STALE = {"name": "Debian GNU/Linux 12 as of the backup"}
 def site() -> Iterator[Site]:
     world = default_world()
     image = str(micro_disk())
-    blocked = dict.fromkeys(("hard_shutdown", "clean_shutdown", "destroy"), "protected")
+    blocked = dict.fromkeys(("start", "hard_shutdown", "clean_shutdown", "destroy"), "protected")
     world["vms"] += [
         {"name": "micro", "disks": [{"name": "micro-root", "sr": "nfs", "image": image}]},
         {"name": "guarded", "blocked_operations": blocked, "disks": [{"name": "g", "sr": "nfs", "size": 8 * MIB}]},
@@ -279,3 +279,38 @@ def test_a_real_guest_boots_from_the_share_and_its_screen_is_kept(site: Site, tm
     assert signals["reads"]["speaks"] == "for", "what the guest read is counted"
     assert signals["screen"]["speaks"] == "for"
     assert "picture" not in signals
+
+
+@pytest.mark.slow
+def test_a_test_leaves_those_of_other_processes_alone(site: Site) -> None:
+    with on_trial(site, "web", "--deadline", "120") as test:
+        vm = test.vm
+        done = site.run("test", "micro@latest", *ON_POOL, "--deadline", "1")
+        assert done.code == 109, done.err
+        assert test.process.poll() is None
+        site.sim.do("guest_agent", vm=vm)
+    assert test.process.returncode == 0
+
+
+@pytest.mark.slow
+def test_the_result_is_there_before_anything_is_taken_away(site: Site) -> None:
+    before = len(results_of(site, "micro"))
+    environment = site.world.environment(XBFS_CONFIG=str(site.world.directory / "config"))
+    words = ("test", "micro@latest", "--pool", "lab", "--deadline", "1")
+    signalled_at(site.sim, "PBD.unplug", signal.SIGKILL, words, environment)
+    assert len(results_of(site, "micro")) == before + 1
+    assert site.run(*words).code == 109, "and takes away what was left"
+
+
+def test_a_test_runs_where_it_is_wanted(site: Site) -> None:
+    with on_trial(site, "web", "--host", "alpha", "--server", "127.0.0.77") as test:
+        vm = test.vm
+        found = site.sim.vm(test.name)
+        sr = next(one for one in site.sim.dump("SR")["SR"] if "(boot test)" in one["name_label"])
+        pbds = [one for one in site.sim.dump("PBD")["PBD"] if one["SR"] == sr["uuid"]]
+        alpha = next(one for one in site.sim.dump("host")["host"] if one["name_label"] == "alpha")
+        assert [pbd["host"] for pbd in pbds] == [alpha["uuid"]]
+        assert found["resident_on"] == alpha["uuid"]
+        assert pbds[0]["device_config"]["server"] == "127.0.0.77"
+        site.sim.do("guest_agent", vm=vm)
+    assert test.process.returncode == 0

@@ -22,7 +22,7 @@ from xbfs.vfs.records import test_record
 from xbfs_engine.catalog.boottests import Verdict, put_boot_test
 from xbfs_engine.catalog.catalog import points_of
 from xbfs_engine.codec.keys import Role
-from xbfs_engine.core.errors import BootTestFailed, KeyNotHeld, UsageError, XbfsError
+from xbfs_engine.core.errors import BootTestFailed, Cancelled, KeyNotHeld, UsageError, XbfsError
 
 if TYPE_CHECKING:
     import argparse
@@ -57,19 +57,24 @@ def test(arguments: argparse.Namespace, output: Output) -> None:
         raise UsageError("--screenshot is for one point", hint="the repository keeps those of all of them")
     throw_away_what_is_left(repository, output)
     results: list[BootTest] = []
+    failures: list[XbfsError] = []
     for start in range(0, len(points), arguments.parallel):
         wave = points[start : start + arguments.parallel]
-        for point, result in zip(wave, _test(ground, wave), strict=True):
-            _tell(result, point, arguments, output)
-            results.append(result)
+        found = _test(ground, wave, failures)
+        for point in wave:
+            if point.id in found:
+                _tell(found[point.id], point, arguments, output)
+                results.append(found[point.id])
     output.result({"tests": [test_record(result) for result in results]})
+    if failures:
+        raise failures[0]
     _conclude(results, output)
 
 
-def _test(ground: Ground, points: Sequence[RestorePoint]) -> list[BootTest]:
-    """Some at once; the results, stored. Raises the first XbfsError of those that could not be tested at all."""
+def _test(ground: Ground, points: Sequence[RestorePoint], failures: list[XbfsError]) -> dict[PointId, BootTest]:
+    """Some at once; the results, stored. ``failures`` gets why others could not be tested at all."""
     found: dict[PointId, BootTest] = {}
-    failures: list[XbfsError] = []
+    trials: list[tuple[Trial, RestorePoint]] = []
 
     async def one(trial: Trial, point: RestorePoint) -> None:
         try:
@@ -77,21 +82,24 @@ def _test(ground: Ground, points: Sequence[RestorePoint]) -> list[BootTest]:
         except XbfsError as exc:
             failures.append(exc)
 
-    async def all_of(trials: Sequence[Trial]) -> None:
+    async def all_of_them() -> None:
         async with trio.open_nursery() as nursery:
-            for trial, point in zip(trials, points, strict=True):
+            for trial, point in trials:
                 nursery.start_soon(one, trial, point)
 
     with ExitStack() as sessions:
-        trials = [ground.prepare(point, sessions) for point in points]
-        tasks.run(partial(all_of, trials))
-        ground.output.clear_status()
         for point in points:
-            if point.id in found:
-                put_boot_test(ground.repository, found[point.id])
-    if failures:
-        raise failures[0]
-    return [found[point.id] for point in points]
+            try:
+                trials.append((ground.prepare(point, sessions), point))
+            except Cancelled:
+                raise
+            except XbfsError as exc:
+                failures.append(exc)
+        tasks.run(all_of_them)
+        ground.output.clear_status()
+        for result in found.values():
+            put_boot_test(ground.repository, result)
+    return found
 
 
 def _tell(result: BootTest, point: RestorePoint, arguments: argparse.Namespace, output: Output) -> None:
@@ -143,5 +151,5 @@ def _conclude(results: Sequence[BootTest], output: Output) -> None:
         if result.verdict is Verdict.UNCLEAR:
             output.warn(
                 f"{result.point[:ID_DIGITS]}: {result.reason}",
-                "look at its screenshot; give a --marker that the system writes, or a longer --deadline",
+                "look at its screenshot; give a longer --deadline, or where there is a serial console a --marker",
             )

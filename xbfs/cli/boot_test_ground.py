@@ -19,7 +19,7 @@ from xbfs.cli.boot_pool_end import journal_of, leave_pool
 from xbfs.cli.points import ID_DIGITS
 from xbfs.instant import client
 from xbfs.instant.boottest.run import Examination
-from xbfs_engine.core.errors import XbfsError
+from xbfs_engine.core.errors import SessionNotFound, XbfsError
 
 if TYPE_CHECKING:
     import argparse
@@ -81,6 +81,8 @@ def throw_away_what_is_left(repository: Repository, output: Output) -> None:
             if journal is not None:
                 leave_pool(repository, journal, output, force=True)
             client.discard(repository, running.name, force=True)
+        except SessionNotFound:
+            continue  # another test was faster
         except XbfsError as exc:
             output.warn(f"session {running.name} of a test that was killed stays: {exc.message}")
         else:

@@ -19,6 +19,7 @@ from xbfs.instant.boottest.on_pool import ACCELERATOR, Usage, examine_on_pool
 from xbfs.instant.pool.plan import BootWishes
 from xbfs_engine.core.errors import UsageError, XbfsError
 from xbfs_engine.core.runtime import system_runtime
+from xbfs_engine.restore.vm.calls import patiently
 from xbfs_engine.source.xapi.session import open_pool
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from xbfs_engine.catalog.boottests import BootTest
     from xbfs_engine.catalog.restore_point import RestorePoint
     from xbfs_engine.source.xapi.config import Credentials, PoolConfig
+    from xbfs_engine.source.xapi.session import Pool, Ref
 
 _METER_S: Final = 5.0
 _OF_QEMU: Final = ("accel", "firmware", "bus", "memory")
@@ -61,7 +63,7 @@ class There(Ground):
         """A session with a VM that is halted, in a network that leads nowhere."""
         arguments = self.arguments
         wishes = BootWishes(host=arguments.host, name=f"{point.vm_name} (boot test)", isolated=True)
-        begun = self.on_pool.begin(point, Wanted(wishes, self.session_name(point), arguments.server))
+        begun = self.on_pool.begin(point, Wanted(wishes, self.session_name(point), arguments.server), _unprotect)
         if not arguments.keep:
             sessions.callback(self.on_pool.end, begun.session.name, begun.journal)
         what = self.examination(point, ACCELERATOR, recorded_firmware(point.vm) or BIOS)
@@ -73,6 +75,11 @@ class There(Ground):
                 return await examine_on_pool(what, pool, begun.made.ref, _Meter(self, begun).read, clock, report)
 
         return trial
+
+
+async def _unprotect(pool: Pool, vm: Ref) -> None:
+    """What the original is protected from, starting among it, is no wish about its copy."""
+    await patiently(pool, "VM.set_blocked_operations", vm, {})
 
 
 class _Meter:

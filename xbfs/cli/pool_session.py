@@ -101,8 +101,9 @@ class PoolSessions:
             with suppress(SessionNotFound):  # somebody was faster
                 client.discard(self.repository, name, force=True)
         except (XbfsError, trio.TooSlowError) as exc:
+            why = exc.message if isinstance(exc, XbfsError) else f"it took longer than {_UNDO_S:.0f} s"
             self.output.warn(
-                f"session {name} stays, for not all could be taken from pool {self.config.name}: {exc}",
+                f"session {name} stays, for not all could be taken from pool {self.config.name}: {why}",
                 f"`xbfs boot discard {name} --force` takes the rest when the pool can be reached",
             )
             return False

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final, cast
 
+import trio
+
 from xbfs.instant.boottest.screen import colours, is_same, pixels_of
 from xbfs.instant.boottest.verdict import Observed, fatal_text
 
@@ -44,12 +46,13 @@ class Observer(ABC):
     async def look_at_screen(self, elapsed_s: float) -> None:
         """Take a screenshot. Raises InstantError, PoolError."""
 
-    def _saw_screen(self, elapsed_s: float, screen: Pixels) -> None:
-        self.screen = screen
-        self.seen.screen_colours = colours(screen)
+    async def _saw_screen(self, elapsed_s: float, screen: Pixels) -> None:
+        # In a thread: a guest may have a screen that takes long.
+        self.seen.screen_colours = await trio.to_thread.run_sync(colours, screen)
         # Compared with the first of a row of same ones, so that what moves slowly is seen to move.
-        if not is_same(self._reference, screen):
+        if not await trio.to_thread.run_sync(is_same, self._reference, screen):
             self._reference, self._still_from_s = screen, elapsed_s
+        self.screen = screen
         self.seen.still_s = elapsed_s - self._still_from_s
 
     def _saw_use(self, elapsed_s: float, cpu_s: float | None) -> None:
@@ -104,7 +107,7 @@ class QemuObserver(Observer):
     async def look_at_screen(self, elapsed_s: float) -> None:
         """Take a screenshot. Raises InstantError."""
         self._screen_s = elapsed_s
-        self._saw_screen(elapsed_s, pixels_of(await self._qemu.screen()))
+        await self._saw_screen(elapsed_s, pixels_of(await self._qemu.screen()))
 
     def _look_for_fatal(self, elapsed_s: float) -> None:
         """A text is the last word while nothing comes after it."""

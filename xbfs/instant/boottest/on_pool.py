@@ -72,16 +72,18 @@ class PoolObserver(Observer):
         self._vm = vm
         self._usage = usage
         self._stale: _Words | None = None
+        self._counted: Usage | None = None
         self._domid = -1
         self._state = _RUNNING
         self._state_from_s = 0.0
         self._screen_s = -_SCREEN_S
 
-    async def note_stale(self) -> None:
-        """Before the VM is started: what its agent told when it was backed up, which an import brings along
-        (xen-api, import.ml). Raises PoolError."""
+    async def note_before(self) -> None:
+        """What is there before the VM is started: the words of its agent at the backup, which an import brings along
+        (xen-api, import.ml), and what the hosts read for themselves. Raises PoolError."""
         vm = await self._record("VM", self._vm)
         self._stale = await self._words(vm.reference("guest_metrics"))
+        self._counted = await self._usage()
 
     async def look(self, elapsed_s: float) -> Observed:
         """What is to be seen now. Raises PoolError if the VM or the pool is not there any more."""
@@ -92,10 +94,7 @@ class PoolObserver(Observer):
         if not seen.agent_answered:
             words = await self._words(vm.reference("guest_metrics"))
             seen.agent_answered = words is not None and words != self._stale
-        usage = await self._usage()
-        seen.knows_use = usage is not None
-        if usage is not None:
-            seen.read_bytes, seen.written_bytes = usage
+        self._count(await self._usage())
         self._saw_use(elapsed_s, None)
         if elapsed_s - self._screen_s >= _SCREEN_S:
             await self.look_at_screen(elapsed_s)
@@ -115,7 +114,7 @@ class PoolObserver(Observer):
             self.screen_problem = exc.message
         else:
             self.screen_problem = ""
-            self._saw_screen(elapsed_s, picture)
+            await self._saw_screen(elapsed_s, picture)
 
     async def _picture(self) -> Pixels:
         """Of the first console that is a screen. Raises InstantError, PoolError."""
@@ -124,6 +123,17 @@ class PoolObserver(Observer):
                 async with console(self._pool, ref, timeout_s=_SCREEN_LIMIT_S) as wire:
                     return await trio.to_thread.run_sync(partial(screen_of, _Screen(wire)), abandon_on_cancel=True)
         raise InstantError("the VM has no screen")
+
+    def _count(self, usage: Usage | None) -> None:
+        """What came since the last look. A server that was started anew counts from 0."""
+        self.seen.knows_use = usage is not None
+        if usage is None:
+            return
+        before = self._counted or Usage(0, 0)
+        read, written = (now if now < then else now - then for now, then in zip(usage, before, strict=True))
+        self.seen.read_bytes += read
+        self.seen.written_bytes += written
+        self._counted = usage
 
     def _look_at_domain(self, vm: Fields, elapsed_s: float) -> None:
         seen, state, domid = self.seen, vm.text("power_state").lower(), vm.integer("domid", -1)
@@ -184,7 +194,7 @@ async def examine_on_pool(
 ) -> BootTest:
     """Start a halted VM, and the result; the VM is left as it is then. Raises PoolError before it is started."""
     observer = PoolObserver(pool, vm, usage)
-    await observer.note_stale()
+    await observer.note_before()
     began_s = clock.monotonic_s()
     try:
         await start(pool, vm)
@@ -196,4 +206,4 @@ async def examine_on_pool(
     else:
         outcome = await watch(what, clock, observer, began_s, report)
     problem = [Signal("picture", "", observer.screen_problem)] if observer.screen_problem else []
-    return result_of(what, observer, outcome, clock, Signal("pool", "", pool.name), *problem)
+    return await result_of(what, observer, outcome, clock, Signal("pool", "", pool.name), *problem)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from xbfs.instant.boottest.screen import Pixels
 
 _SIDE_MAX: Final = 8192
-_PIXELS_MAX: Final = 16 * MIB
+_PIXELS_MAX: Final = 9 * MIB
+"""3840 by 2160 and some: a picture takes 27 MiB, and as much again while it is compared."""
 _TEXT_MAX: Final = 64 * KIB
 _MESSAGES_MAX: Final = 256
 _TRAFFIC_MAX: Final = 4

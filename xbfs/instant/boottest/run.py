@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 DEADLINE_S: Final = 300.0
 """A micro guest took 119 s under emulation on a machine with a load of 50."""
 MILLI: Final = 1000
+_REFERENCE: Final = re.compile(r" ?OpaqueRef:[0-9A-Za-z-]+")
+"""Of XAPI's objects: they mean nothing after the test."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ async def examine(what: Examination, machine: Machine, clock: Clock, report: Cal
             outcome = await watch(what, clock, observer, began_s, report)
             nursery.cancel_scope.cancel()
         events = Signal("events", "", ", ".join(dict.fromkeys(qemu.events)))
-        return result_of(what, observer, outcome, clock, events)
+        return await result_of(what, observer, outcome, clock, events)
 
 
 async def watch(
@@ -74,14 +77,15 @@ async def watch(
     return outcome
 
 
-def result_of(what: Examination, observer: Observer, outcome: Outcome, clock: Clock, *more: Signal) -> BootTest:
+async def result_of(what: Examination, observer: Observer, outcome: Outcome, clock: Clock, *more: Signal) -> BootTest:
     """What is stored."""
-    seen, judgement = observer.seen, outcome.judgement
+    seen, judgement, screen = observer.seen, outcome.judgement, observer.screen
+    picture = b"" if screen is None else await trio.to_thread.run_sync(png, screen)
     return BootTest(
         point=what.point,
         made_ns=clock.now_ns(),
         verdict=judgement.verdict,
-        reason=judgement.reason,
+        reason=_REFERENCE.sub("", judgement.reason),
         signals=(*signals(seen, what.marker), *more),
         elapsed_ms=int(outcome.elapsed_s * MILLI),
         output_ms=None if observer.output_s is None else int(observer.output_s * MILLI),
@@ -91,7 +95,7 @@ def result_of(what: Examination, observer: Observer, outcome: Outcome, clock: Cl
         program=what.program,
         node=os.uname().nodename,
         console=seen.console[-CONSOLE_MAX:],
-        screenshot=b"" if observer.screen is None else png(observer.screen),
+        screenshot=picture,
     )
 
 

@@ -239,7 +239,7 @@ async def console(pool: Pool, console_ref: Ref, *, timeout_s: float) -> AsyncIte
         host = urlsplit(location).hostname or ""
         address = Address.parse(f"[{host}]" if ":" in host else host, port=pool.master.port)
     except (UsageError, ValueError) as exc:
-        raise TransferFailed(f"{what}: {location[:100]!r} is no place of a console") from exc
+        raise TransferFailed(f"{what}: the pool does not say at which host it is") from exc
     async with _exchange(pool, _Request("CONNECT", "/console", {"ref": console_ref}), address, what, timeout_s) as (
         wire,
         _,
