@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from typing import TYPE_CHECKING
 
 from xbfs.cli import text
@@ -10,7 +9,7 @@ from xbfs.cli.boot import boot, check_may_serve_nfs, session_record
 from xbfs.cli.context import catalog_of, index_of, point_of, repository_of
 from xbfs.cli.points import ID_DIGITS
 from xbfs.cli.pool import configured
-from xbfs.cli.pool_session import PoolSessions, Wanted
+from xbfs.cli.pool_session import PoolSessions, Wanted, check_server
 from xbfs.fuse import mountpoint
 from xbfs.instant.pool.build import start
 from xbfs.instant.pool.plan import BootWishes
@@ -48,15 +47,6 @@ def boot_on_pool(arguments: argparse.Namespace, output: Output) -> None:
         point, _wanted(arguments), None if arguments.no_start else starter.start
     )
     _tell(begun, output, started=starter.has_started, warning=starter.warning)
-
-
-def check_server(address: str | None) -> None:
-    """Raises UsageError for a --server that is no address."""
-    if address is not None:
-        try:
-            ipaddress.ip_address(address)
-        except ValueError as exc:
-            raise UsageError(f"--server: {exc}", hint="give an address of this machine that the hosts reach") from exc
 
 
 class _Starter:

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from xbfs.cli.boot import check_may_serve_nfs
-from xbfs.cli.boot_pool import check_server
 from xbfs.cli.boot_test_ground import Ground
 from xbfs.cli.pool import configured
-from xbfs.cli.pool_session import Wanted
+from xbfs.cli.pool_session import Wanted, check_server
 from xbfs.instant import client
 from xbfs.instant.boottest.choose import BIOS, recorded_firmware
 from xbfs.instant.boottest.on_pool import ACCELERATOR, Usage, examine_on_pool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from xbfs.instant.pool.tear_down import tear_down
 from xbfs.instant.session import DiskFormat, Export, Session, SessionDisk
 from xbfs.instant.share import address_towards, checked_clients
 from xbfs.instant.state import state_of
-from xbfs_engine.core.errors import ExportFailed, SessionNotFound, XbfsError
+from xbfs_engine.core.errors import ExportFailed, SessionNotFound, UsageError, XbfsError
 from xbfs_engine.core.runtime import system_runtime
 from xbfs_engine.restore.vm.target import look_at
 from xbfs_engine.source.xapi.session import open_pool
@@ -41,6 +42,15 @@ if TYPE_CHECKING:
 _NFS_PORT = 2049
 """The only one that SM asks (SM, nfs.py)."""
 _UNDO_S = 300.0
+
+
+def check_server(address: str | None) -> None:
+    """Raises UsageError for a --server that is no address."""
+    if address is not None:
+        try:
+            ipaddress.ip_address(address)
+        except ValueError as exc:
+            raise UsageError(f"--server: {exc}", hint="give an address of this machine that the hosts reach") from exc
 
 
 class Wanted(NamedTuple):
