@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tests.support.instant_lab import blockdev as session_disk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
 XBFS = ROOT / ".venv/bin/xbfs"
@@ -105,6 +105,18 @@ class Contender:
         yield Disk({})
 
 
+@contextmanager
+def _file_disk(driver: str, path: Path, make: Callable[[], object]) -> Iterator[Disk]:
+    """A local file that ``make`` makes, and that is gone afterwards."""
+    started = time.perf_counter()
+    try:
+        make()
+        ready = time.perf_counter() - started
+        yield Disk({"driver": driver, "file": {"driver": "file", "filename": str(path)}}, ready_s=ready)
+    finally:
+        path.unlink(missing_ok=True)
+
+
 class Qcow2(Contender):
     """A qcow2 overlay on the plain file: the one to compare with."""
 
@@ -114,15 +126,9 @@ class Qcow2(Contender):
     def opened(self, place: Place) -> Iterator[Disk]:
         """Nothing but a file."""
         overlay = place.work / "overlay.qcow2"
-        started = time.perf_counter()
         command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(place.image), str(overlay)]
-        subprocess.run(command, check=True)
-        disk = Disk({"driver": "qcow2", "file": {"driver": "file", "filename": str(overlay)}})
-        disk.ready_s = time.perf_counter() - started
-        try:
+        with _file_disk("qcow2", overlay, lambda: subprocess.run(command, check=True)) as disk:
             yield disk
-        finally:
-            overlay.unlink()
 
 
 class Plain(Contender):
@@ -134,14 +140,8 @@ class Plain(Contender):
     def opened(self, place: Place) -> Iterator[Disk]:
         """Ready when it is copied."""
         copy = place.work / "copy.raw"
-        started = time.perf_counter()
-        shutil.copyfile(place.image, copy)
-        try:
-            disk = Disk({"driver": "raw", "file": {"driver": "file", "filename": str(copy)}})
-            disk.ready_s = time.perf_counter() - started
+        with _file_disk("raw", copy, lambda: shutil.copyfile(place.image, copy)) as disk:
             yield disk
-        finally:
-            copy.unlink()
 
 
 class NbdkitCow(Contender):

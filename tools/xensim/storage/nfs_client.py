@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import os
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 if TYPE_CHECKING:
@@ -89,7 +90,23 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-class NfsClient:
+class _Closing(ABC):
+    """What is closed when its context is left."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of it."""
+
+
+class NfsClient(_Closing):
     """A mount of ``nfs://server/path``, by NFS ``version`` 3 or 4. Ports are asked of rpcbind if they are 0.
 
     ``timeout_s``: for one call; a lost connection is made again and the call sent again, as by a kernel's mount.
@@ -117,14 +134,6 @@ class NfsClient:
         finally:
             if url:
                 self._library.nfs_destroy_url(url)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Leave; open files are forgotten."""
@@ -223,20 +232,12 @@ class NfsClient:
         return result
 
 
-class NfsFile:
+class NfsFile(_Closing):
     """An open file of a client: the server's handle is kept, over restarts of the server."""
 
     def __init__(self, client: NfsClient, handle: ctypes.c_void_p) -> None:
         self._client = client
         self._library, self._context, self._file = client._library, client._context, handle
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Commit what was written, and close."""
